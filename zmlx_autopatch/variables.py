@@ -1,0 +1,67 @@
+"""Every environment variable of zmlx, in one table, read here and nowhere else.
+
+Imported by the start-up bootstrap, so it may import `os` and nothing heavier.
+`zmlx doctor` and docs/VARIABLES.md print this table.
+"""
+
+import os
+
+#: name -> (values, default, meaning)
+TABLE: "dict[str, tuple[str, str, str]]" = {
+    "ZMLX_AUTOPATCH": ("0 or 1", "1", "0 leaves every model as it was loaded"),
+    "ZMLX_PROFILE": ("a profile's name", "", "release policy; `zmlx run --profile` sets it"),
+    "ZMLX_STRICT": ("0 or 1", "0", "1 raises where zmlx would keep the stock model and say why"),
+    "ZMLX_LOG": ("off, line or debug", "line", "what goes to stderr when a model is loaded"),
+    "ZMLX_CACHE_DIR": ("a folder", "~/.cache/zmlx", "compiled kernels and tuning results"),
+    "ZMLX_NUM_THREADS": ("a number", "physical cores", "threads of the native CPU kernels"),
+    "ZMLX_CXX": ("a compiler", "c++, g++ or clang++", "compiler of the native CPU kernels"),
+}
+
+
+class VariableError(ValueError):
+    """A variable of zmlx holds a value that it does not take."""
+
+
+def text(name: str) -> str:
+    """Return the variable's value, or its default's empty string; `name` must be in `TABLE`."""
+    if name not in TABLE:
+        raise KeyError(f"{name} is not a variable of zmlx; known: {', '.join(TABLE)}")
+    return os.environ.get(name, "").strip()
+
+
+def flag(name: str) -> bool:
+    """Return a 0/1 variable; an unset or empty one has its default.
+
+    Raises:
+        VariableError: the value is neither 0 nor 1.
+    """
+    value = text(name) or TABLE[name][1]
+    if value not in ("0", "1"):
+        raise VariableError(f"{name}={value!r}: expected 0 or 1")
+    return value == "1"
+
+
+def choice(name: str, allowed: "tuple[str, ...]") -> str:
+    """Return a variable that takes one of `allowed`; an unset or empty one has its default.
+
+    Raises:
+        VariableError: the value is not one of `allowed`.
+    """
+    value = text(name) or TABLE[name][1]
+    if value not in allowed:
+        raise VariableError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    return value
+
+
+def count(name: str) -> "int | None":
+    """Return a positive whole number, or None when the variable is unset or empty.
+
+    Raises:
+        VariableError: the value is not a positive whole number.
+    """
+    value = text(name)
+    if not value:
+        return None
+    if not value.isdigit() or int(value) == 0:
+        raise VariableError(f"{name}={value!r}: expected a positive whole number")
+    return int(value)
