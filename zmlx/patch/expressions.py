@@ -1,0 +1,294 @@
+"""The expressions of upstream forwards that patterns replace, recognised by what they mean.
+
+Two are known:
+
+    act(self.A(x)) * self.B(x)                 a gated product (SwiGLU, GeGLU), also through a
+                                               function that returns just that of its two arguments
+    y = self.E(x, i)                           a weighted combination of expert outputs, with an
+    z = (y * w[..., None]).sum(axis=-2)        optional .astype(...) after it
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from zmlx.patch.forward import Forward, ForwardRefused, parse
+
+#: activation functions of mlx.nn -> the name that kernels give them
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_approx": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class GatedProduct:
+    """`act(self.<gate>(x)) * self.<up>(x)` at `node`, where `x` is a plain name."""
+
+    node: ast.expr
+    gate: str
+    up: str
+    x: ast.expr
+    activation: str
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Expert outputs weighted and summed by two adjacent statements.
+
+    Attributes:
+        call: the statement `y = self.<experts>(x, indices)`.
+        combine: the statement that holds `node`.
+        node: the expression `(y * weights[..., None]).sum(axis=-2)`, with its cast when the cast
+            is to the dtype of `y` itself.
+        experts: attribute of the module that holds the experts.
+        x, indices, weights: the operands.
+        keeps_dtype: whether the sum is cast to the dtype of the expert outputs.
+    """
+
+    call: ast.Assign
+    combine: ast.stmt
+    node: ast.expr
+    experts: str
+    x: ast.expr
+    indices: ast.expr
+    weights: ast.expr
+    keeps_dtype: bool
+
+
+def activation_name(function: Any) -> str | None:
+    """Return "silu", "gelu" or "gelu_tanh" for mlx.nn's function of that meaning, else None."""
+    library = sys.modules.get("mlx.nn.layers.activations")
+    for name, meaning in _ACTIVATIONS.items():
+        known = getattr(library, name, None)
+        if known is not None and function is known:
+            return meaning if known.__module__ == "mlx.nn.layers.activations" else None
+    return None
+
+
+def gated_function(function: Any) -> tuple[str, int] | None:
+    """Recognise a function of two arguments that returns `act(one) * other`.
+
+    Returns:
+        The activation's name and the position of the gate among the arguments, or None.
+    """
+    try:
+        forward = parse(function)
+    except ForwardRefused:
+        return None
+    body = _without_docstring(forward.tree.body)
+    if len(body) != 1 or not isinstance(body[0], ast.Return) or len(forward.parameters) != 2:
+        return None
+    split = _activated_product(forward, body[0].value)
+    if split is None:
+        return None
+    activation, gate, up = split
+    names = [node.id if isinstance(node, ast.Name) else None for node in (gate, up)]
+    if sorted(map(str, names)) != sorted(forward.parameters):
+        return None
+    return activation, forward.parameters.index(str(names[0]))
+
+
+def gated_products(forward: Forward) -> list[GatedProduct]:
+    """Find the gated products of two projections of the same input."""
+    found = []
+    for node in ast.walk(forward.tree):
+        split = _gated_operands(forward, node) if isinstance(node, ast.expr) else None
+        if split is None:
+            continue
+        activation, gate, up = split
+        gate_call, up_call = _projection(forward, gate), _projection(forward, up)
+        if gate_call and up_call and ast.dump(gate_call[1]) == ast.dump(up_call[1]):
+            found.append(
+                GatedProduct(node, gate_call[0], up_call[0], gate_call[1], activation)  # type: ignore[arg-type]
+            )
+    return found
+
+
+def combinations(forward: Forward) -> list[Combination]:
+    """Find the weighted sums over the experts of a token."""
+    found = []
+    for node in ast.walk(forward.tree):
+        for body in (getattr(node, name, None) for name in ("body", "orelse")):
+            if isinstance(body, list):
+                found += [c for c in (_combination(forward, *pair) for pair in pairwise(body)) if c]
+    return found
+
+
+def _combination(forward: Forward, first: ast.stmt, second: ast.stmt) -> Combination | None:
+    if not (
+        isinstance(first, ast.Assign)
+        and len(first.targets) == 1
+        and isinstance(first.targets[0], ast.Name)
+        and isinstance(first.value, ast.Call)
+        and len(first.value.args) == 2
+        and not first.value.keywords
+        and isinstance(second, ast.Assign | ast.Return)
+    ):
+        return None
+    experts = _own_attribute(forward, first.value.func)
+    outputs = first.targets[0].id
+    if experts is None:
+        return None
+    for node in ast.walk(second):
+        weights = _weighted_sum(node, outputs)
+        if weights is None:
+            continue
+        cast = _cast_of(second, node)
+        keeps_dtype = cast is not None and ast.dump(cast.args[0]) == _dtype_of(outputs)
+        whole = cast if keeps_dtype and cast is not None else node
+        if _reads(forward.tree, outputs, after=first) != _reads(whole, outputs):
+            return None  # the outputs of the single experts are used elsewhere too
+        x, indices = first.value.args
+        return Combination(
+            first,
+            second,
+            whole,
+            experts,
+            x,
+            indices,
+            weights,
+            keeps_dtype,  # type: ignore[arg-type]
+        )
+    return None
+
+
+def _weighted_sum(node: ast.AST, outputs: str) -> ast.expr | None:
+    """Return w of `(outputs * w[..., None]).sum(axis=-2)`, either order, or None."""
+    if not (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "sum"
+        and _is_axis(node, -2)
+        and isinstance(node.func.value, ast.BinOp)
+        and isinstance(node.func.value.op, ast.Mult)
+    ):
+        return None
+    left, right = node.func.value.left, node.func.value.right
+    for value, weight in ((left, right), (right, left)):
+        if isinstance(value, ast.Name) and value.id == outputs:
+            return _expanded(weight)
+    return None
+
+
+def _expanded(node: ast.expr) -> ast.expr | None:
+    """Return e of `e[..., None]` or `e[..., None].astype(t)` (as `e.astype(t)`), or None."""
+    if isinstance(node, ast.Subscript):
+        return node.value if ast.unparse(node.slice) == "(..., None)" else None
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "astype"
+    ):
+        inner = _expanded(node.func.value)
+        if inner is not None:
+            function = ast.Attribute(inner, "astype", ast.Load())
+            return ast.Call(function, node.args, node.keywords)
+    return None
+
+
+def _is_axis(call: ast.Call, axis: int) -> bool:
+    keywords = [f"{keyword.arg}={ast.unparse(keyword.value)}" for keyword in call.keywords]
+    arguments = [ast.unparse(argument) for argument in call.args]
+    return (arguments, keywords) in (([], [f"axis={axis}"]), ([str(axis)], []))
+
+
+def _cast_of(statement: ast.stmt, node: ast.AST) -> ast.Call | None:
+    """Return the call `<node>.astype(...)` in a statement, or None."""
+    for call in ast.walk(statement):
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and call.func.attr == "astype"
+            and call.func.value is node
+            and len(call.args) == 1
+        ):
+            return call
+    return None
+
+
+def _dtype_of(name: str) -> str:
+    return ast.dump(ast.parse(f"{name}.dtype", mode="eval").body)
+
+
+def _reads(tree: ast.AST, name: str, after: ast.stmt | None = None) -> int:
+    """Count the reads of a name, from the statement `after` on up to its next assignment."""
+    start = (after.end_lineno, after.end_col_offset) if after is not None else (0, 0)
+    nodes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name)
+        and node.id == name
+        and (node.lineno, node.col_offset) >= start  # type: ignore[operator]
+    ]
+    stores = [(node.lineno, node.col_offset) for node in nodes if isinstance(node.ctx, ast.Store)]
+    # The statement that assigns the name again reads it first.
+    next_store = min(stores, default=None)
+    if after is None or next_store is None:
+        return sum(isinstance(node.ctx, ast.Load) for node in nodes)
+    end = _end_of_statement(tree, next_store)
+    return sum(
+        isinstance(node.ctx, ast.Load) and (node.lineno, node.col_offset) <= end for node in nodes
+    )
+
+
+def _end_of_statement(tree: ast.AST, position: tuple[int, int]) -> tuple[int, int]:
+    ends = [
+        (statement.end_lineno or 0, statement.end_col_offset or 0)
+        for statement in ast.walk(tree)
+        if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign)
+        and (statement.lineno, statement.col_offset) <= position
+        and position <= (statement.end_lineno or 0, statement.end_col_offset or 0)
+    ]
+    return min(ends, default=position)
+
+
+def _gated_operands(forward: Forward, node: ast.expr) -> tuple[str, ast.expr, ast.expr] | None:
+    """Split `f(a, b)` or `act(a) * b` into activation, gate and up."""
+    if isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
+        meaning = gated_function(forward.resolve(node.func))
+        if meaning is not None:
+            activation, gate = meaning
+            return activation, node.args[gate], node.args[1 - gate]
+    return _activated_product(forward, node)
+
+
+def _activated_product(
+    forward: Forward, node: ast.AST | None
+) -> tuple[str, ast.expr, ast.expr] | None:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        for gate, up in ((node.left, node.right), (node.right, node.left)):
+            if isinstance(gate, ast.Call) and len(gate.args) == 1 and not gate.keywords:
+                activation = activation_name(forward.resolve(gate.func))
+                if activation is not None:
+                    return activation, gate.args[0], up
+    return None
+
+
+def _projection(forward: Forward, node: ast.expr) -> tuple[str, ast.Name] | None:
+    """Split `self.A(x)` into A and x, where x is a plain name."""
+    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+        attribute = _own_attribute(forward, node.func)
+        argument = node.args[0]
+        if attribute is not None and isinstance(argument, ast.Name):
+            return attribute, argument
+    return None
+
+
+def _own_attribute(forward: Forward, node: ast.expr) -> str | None:
+    """Return A for `self.A`, else None."""
+    if (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == forward.parameters[0]
+    ):
+        return node.attr
+    return None
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        return body[1:]
+    return body
