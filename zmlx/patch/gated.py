@@ -74,7 +74,7 @@ def projection_refusal(layer: Any) -> str | None:
         return "not a layer"
     cls = library_class(layer)
     if cls is not nn.QuantizedLinear:
-        return f"{cls.__qualname__} is not a QuantizedLinear"
+        return f"{cls.__name__} is not a QuantizedLinear"
     return affine(layer)
 
 

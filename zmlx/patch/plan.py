@@ -72,7 +72,7 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
             if isinstance(verdict, Proposal) and position in proposals:
                 verdict = Refused(f"{proposals[position][2]} replaces this module")
             chosen, contract, reason = judge(verdict)
-            name = type(module).__qualname__
+            name = type(module).__name__
             candidate = Candidate(path, pattern.name(), chosen, reason, contract, name)
             candidates.append((position, candidate))
             if chosen and isinstance(verdict, Proposal):

@@ -14,7 +14,7 @@ def affine(module: nn.Module) -> str | None:
     """Return why a layer's weight is not one of affine mode that the kernels take, or None."""
     mode = getattr(module, "mode", None)
     if "scales" not in module:
-        return f"{type(module).__qualname__} is not quantized"
+        return f"{type(module).__name__} is not quantized"
     if mode != "affine":
         return f"quantization mode {mode}: the kernels take affine"
     if module.get("biases") is None:

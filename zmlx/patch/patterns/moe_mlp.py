@@ -78,7 +78,7 @@ def _experts_refusal(experts: nn.Module, config: PatchConfig) -> str | None:
     if config.options.get("fused_swiglu") is False:
         return "fused_swiglu is off in the profile"
     if not _is(experts.activation, "SwiGLU"):
-        return f"activation {type(experts.activation).__qualname__} is not SwiGLU"
+        return f"activation {type(experts.activation).__name__} is not SwiGLU"
     try:
         for part in (type(experts.activation), library_class(experts)):
             own_forward(part)
@@ -87,7 +87,7 @@ def _experts_refusal(experts: nn.Module, config: PatchConfig) -> str | None:
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = experts.get(name)
         if not _is(layer, "QuantizedSwitchLinear"):
-            return f"{name}: {type(layer).__qualname__} is not a QuantizedSwitchLinear"
+            return f"{name}: {type(layer).__name__} is not a QuantizedSwitchLinear"
         reason = affine(layer) or ("has a bias" if "bias" in layer else None)
         if reason is not None:
             return f"{name}: {reason}"
@@ -148,7 +148,7 @@ def _examine_block(
     sites = [site for site in found if site.experts in holders]
     if len(sites) != 1:
         return Refused(
-            f"{type(module).__qualname__} does not hold one weighted sum over its experts:"
+            f"{type(module).__name__} does not hold one weighted sum over its experts:"
             " its forward stays upstream's"
         )
     site = sites[0]

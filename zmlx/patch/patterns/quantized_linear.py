@@ -128,7 +128,7 @@ class QuantizedLinear(PatchPattern):
         known = _LAYERS.get((cls.__module__, cls.__qualname__))
         if known is None:
             if "scales" in module and "weight" in module:
-                return Refused(f"{cls.__qualname__} is not a quantized layer that we know")
+                return Refused(f"{cls.__name__} is not a quantized layer that we know")
             return None
         spec, members, method = known
         reason = affine(module)
