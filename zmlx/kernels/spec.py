@@ -55,7 +55,7 @@ class KernelSpec:
     contract: Mapping[str, str]
     native: str | None = None
     tolerance: Mapping[str, float] = field(
-        default_factory=lambda: {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
+        default_factory=lambda: {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
     )
 
     def implementation(self, backend: str) -> Callable[..., mx.array]:

@@ -1,0 +1,140 @@
+// The Python module.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+
+#include "pool.h"
+#include "primitives.h"
+#include "products.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using mlx::core::array;
+using Optional = std::optional<array>;
+
+NB_MODULE(_zmlx_cpu, m) {
+  nb::module_::import_("mlx.core");
+  zmlx::set_kernels(zmlx::kernels_best());
+
+  m.def(
+      "quantized_matmul",
+      [](const array& x,
+         const array& w,
+         const array& scales,
+         const array& biases,
+         const Optional& bias,
+         int group_size,
+         int bits) {
+        return zmlx::quantized_matmul(x, {w, scales, biases, {group_size, bits}}, bias);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a, "bias"_a = nb::none(), nb::kw_only(),
+      "group_size"_a, "bits"_a);
+
+  m.def(
+      "quantized_glu",
+      [](const array& x,
+         const array& gate_w,
+         const array& gate_scales,
+         const array& gate_biases,
+         const array& up_w,
+         const array& up_scales,
+         const array& up_biases,
+         const Optional& gate_bias,
+         const Optional& up_bias,
+         const std::string& activation,
+         int gate_group_size,
+         int gate_bits,
+         int up_group_size,
+         int up_bits) {
+        return zmlx::quantized_glu(
+            x,
+            {gate_w, gate_scales, gate_biases, {gate_group_size, gate_bits}},
+            {up_w, up_scales, up_biases, {up_group_size, up_bits}},
+            gate_bias,
+            up_bias,
+            activation);
+      },
+      "x"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a, "up_w"_a, "up_scales"_a, "up_biases"_a,
+      "gate_bias"_a = nb::none(), "up_bias"_a = nb::none(), nb::kw_only(), "activation"_a,
+      "gate_group_size"_a, "gate_bits"_a, "up_group_size"_a, "up_bits"_a);
+
+  m.def(
+      "gather_quantized_matmul",
+      [](const array& x,
+         const array& w,
+         const array& scales,
+         const array& biases,
+         const array& indices,
+         int group_size,
+         int bits) {
+        return zmlx::gather_quantized_matmul(x, {w, scales, biases, {group_size, bits}}, indices);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a, "indices"_a, nb::kw_only(), "group_size"_a, "bits"_a);
+
+  m.def(
+      "gather_quantized_glu",
+      [](const array& x,
+         const array& indices,
+         const array& gate_w,
+         const array& gate_scales,
+         const array& gate_biases,
+         const array& up_w,
+         const array& up_scales,
+         const array& up_biases,
+         const std::string& activation,
+         int gate_group_size,
+         int gate_bits,
+         int up_group_size,
+         int up_bits) {
+        return zmlx::gather_quantized_glu(
+            x,
+            indices,
+            {gate_w, gate_scales, gate_biases, {gate_group_size, gate_bits}},
+            {up_w, up_scales, up_biases, {up_group_size, up_bits}},
+            activation);
+      },
+      "x"_a, "indices"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a, "up_w"_a, "up_scales"_a,
+      "up_biases"_a, nb::kw_only(), "activation"_a, "gate_group_size"_a, "gate_bits"_a,
+      "up_group_size"_a, "up_bits"_a);
+
+  m.def(
+      "gather_quantized_combine",
+      [](const array& h,
+         const array& indices,
+         const array& weights,
+         const array& w,
+         const array& scales,
+         const array& biases,
+         int group_size,
+         int bits) {
+        return zmlx::gather_quantized_combine(
+            h, indices, weights, {w, scales, biases, {group_size, bits}});
+      },
+      "h"_a, "indices"_a, "weights"_a, "w"_a, "scales"_a, "biases"_a, nb::kw_only(),
+      "group_size"_a, "bits"_a);
+
+  m.def("set_num_threads", &zmlx::set_num_threads, "count"_a);
+  m.def("num_threads", &zmlx::num_threads);
+  m.def("kernels", [] { return std::string(zmlx::kernels().name); });
+  m.def(
+      "set_kernels",
+      [](const std::string& name) {
+        const zmlx::Kernels* chosen = zmlx::kernels_named(name.c_str());
+        if (chosen == nullptr) {
+          throw std::invalid_argument("this processor has no kernels named '" + name + "'");
+        }
+        zmlx::set_kernels(chosen);
+      },
+      "name"_a);
+  m.def("available_kernels", [] {
+    nb::list names;
+    for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
+      if (zmlx::kernels_named(name) != nullptr) {
+        names.append(name);
+      }
+    }
+    return names;
+  });
+}

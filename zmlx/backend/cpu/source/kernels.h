@@ -1,0 +1,85 @@
+// Products of a few activation rows with rows of an affine-quantized matrix.
+//
+// A weight row holds K unsigned values of `bits` bits, packed without gaps (value k starts at bit
+// k * bits), and a scale and a bias for each group:  w[n, k] = s[n, g] * q[n, k] + b[n, g].
+// Then  y[n] = sum_g s[n, g] * dot_g(q[n], x) + b[n, g] * sum_g(x):  the integers are exact in every
+// format used here, all sums are float32, and the bias costs one multiplication per group.
+//
+// kernels_*.cpp implement `Kernels` for one instruction set each; the library holds them all and
+// picks one when it is loaded.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace zmlx {
+
+enum class Float { f32, f16, bf16 };
+
+inline size_t size_of(Float type) {
+  return type == Float::f32 ? 4 : 2;
+}
+
+struct Weight {
+  const uint8_t* q;
+  const void* scales;
+  const void* biases;
+  int64_t rows;
+  int64_t inputs;
+  int bits;
+  int group;
+  Float type; // of scales and biases
+
+  int64_t groups() const {
+    return inputs / group;
+  }
+  int64_t row_bytes() const {
+    return inputs * bits / 8;
+  }
+};
+
+// Activation rows in the form that a kernel reads; `sums` is [count][groups] and `data` is the
+// kernel's own. Both lie in memory that the caller owns.
+struct Batch {
+  int64_t count;
+  int64_t inputs;
+  float* sums;
+  void* data;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Bytes of `Batch::data` for one row of activations of `type`, for weights like `weight`.
+  size_t (*row_size)(const Weight& weight, Float type);
+
+  // Write row `row` of a batch from activations x[0..K) of `type`.
+  void (*pack)(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row);
+
+  // out[m * stride + n - first] = <row n of the weight, row m of the batch>
+  // for n in [first, last) and every m of the batch. `type` is the one that `pack` was given.
+  // `scratch` holds scratch_size bytes.
+  void (*multiply)(
+      const Weight& weight,
+      const Batch& batch,
+      Float type,
+      int64_t first,
+      int64_t last,
+      float* out,
+      int64_t stride,
+      void* scratch);
+
+  size_t (*scratch_size)(const Weight& weight, Float type, int64_t count);
+};
+
+// Null where the library was not built for the instruction set.
+const Kernels* kernels_portable();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+
+// The best of those that this processor runs, or the named one; null if it cannot run.
+const Kernels* kernels_named(const char* name);
+const Kernels* kernels_best();
+
+} // namespace zmlx

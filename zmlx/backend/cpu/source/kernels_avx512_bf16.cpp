@@ -1,0 +1,617 @@
+// Kernels for AVX-512 with BF16 and VBMI: Zen 4, Sapphire Rapids and later.
+//
+// An integer of up to eight bits is exact in bfloat16, so a packed value becomes one by a table
+// lookup (`vpermw`), and `vdpbf16ps` multiplies 32 of them by 32 activations into float32 sums.
+// bfloat16 activations are exact too; float16 ones are split into two bfloat16 parts and float32
+// ones into three, which together hold every bit of them.
+//
+// Few rows: one pass over the weights, in the order in which they lie in memory.
+// Many rows: 32 weight rows are unpacked once into panels, which then meet all activations.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "floats.h"
+#include "kernels.h"
+
+namespace zmlx {
+namespace {
+
+constexpr int64_t kBlock = 128; // values of one 64-byte load of 4-bit weights
+constexpr int64_t kPanelBatch = 12; // from this many rows on, weights are unpacked into panels
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kAhead = 6144; // bytes between a load of weights and its prefetch
+
+int64_t padded(int64_t inputs) {
+  return (inputs + kBlock - 1) / kBlock * kBlock;
+}
+
+bool panels(int64_t count) {
+  return count >= kPanelBatch;
+}
+
+int parts_of(Float type) {
+  return type == Float::bf16 ? 1 : type == Float::f16 ? 2 : 3;
+}
+
+// Table of the bfloat16 patterns of 0..2^Bits-1, repeated to fill 32 entries: the bits above a
+// field need no mask then.
+template <int Bits>
+__m512i table(int offset = 0) {
+  alignas(64) uint16_t values[32];
+  for (int i = 0; i < 32; ++i) {
+    values[i] = to_bf16(float((i + offset) & ((1 << Bits) - 1)));
+  }
+  return _mm512_load_si512(values);
+}
+
+// 32 consecutive values of `Bits` bits as bfloat16, in order.
+template <int Bits>
+struct Unpack {
+  __m512i bytes, shifts, low, high;
+
+  Unpack() {
+    alignas(64) uint8_t index[64];
+    alignas(64) uint16_t shift[32];
+    for (int i = 0; i < 32; ++i) {
+      const int bit = i * Bits;
+      index[2 * i] = uint8_t(bit / 8);
+      index[2 * i + 1] = uint8_t(bit / 8 + 1);
+      shift[i] = uint16_t(bit % 8);
+    }
+    bytes = _mm512_load_si512(index);
+    shifts = _mm512_load_si512(shift);
+    low = table<Bits>();
+    high = table<Bits>(32);
+  }
+
+  __m512i operator()(const uint8_t* from) const {
+    if constexpr (Bits == 8) {
+      const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+      const __m512 even = _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(0xffff)));
+      const __m512 odd = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 16));
+      const __m512i top = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+      return _mm512_mask_blend_epi16(0xaaaaaaaa, top, _mm512_castps_si512(odd));
+    }
+    const __m256i packed = _mm256_maskz_loadu_epi8(uint32_t((uint64_t(1) << (4 * Bits)) - 1), from);
+    const __m512i placed = _mm512_permutexvar_epi8(bytes, _mm512_castsi256_si512(packed));
+    const __m512i fields = _mm512_srlv_epi16(placed, shifts);
+    if constexpr (Bits == 6) {
+      return _mm512_permutex2var_epi16(low, fields, high);
+    }
+    return _mm512_permutexvar_epi16(fields, low);
+  }
+};
+
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+inline __m512 load_16(const void* data, Float type, int64_t index, __mmask16 mask) {
+  switch (type) {
+    case Float::f32:
+      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
+    case Float::f16:
+      return _mm512_cvtph_ps(
+          _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index));
+    default:
+      return _mm512_castsi512_ps(_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(
+              _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index)),
+          16));
+  }
+}
+
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : __mmask16((1u << count) - 1);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Few rows. Batch::data is [count][part][padded inputs] bfloat16; for 4 bits each block of 128 is
+// stored as [k % 4][k / 4], the order in which shifts bring the values out of a 64-byte load.
+
+template <int Parts, int Count>
+void rows_4bit(
+    const Weight& weight,
+    const Batch& batch,
+    int64_t row,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride) {
+  const int64_t inputs = weight.inputs, groups = weight.groups();
+  const int64_t part = padded(inputs), blocks = part / kBlock;
+  const uint16_t* x = static_cast<const uint16_t*>(batch.data) + row * Parts * part;
+  const float* sums = batch.sums + row * groups;
+  const __m512i values = table<4>();
+  // Lane i of a block holds the values 8 i .. 8 i + 7, which are of group 8 i / group.
+  const int per_block = int(kBlock / weight.group);
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i first_group = _mm512_srlv_epi32(
+      lane, _mm512_set1_epi32(weight.group == 32 ? 2 : weight.group == 64 ? 3 : 4));
+  for (int64_t n = first; n < last; ++n) {
+    const uint8_t* q = weight.q + n * weight.row_bytes();
+    __m512 total[Count];
+    for (int m = 0; m < Count; ++m) {
+      total[m] = _mm512_setzero_ps();
+    }
+    int64_t block = 0;
+    for (int64_t g = 0; g < groups; g += 16) {
+      const __mmask16 live = first_lanes(groups - g);
+      const __m512 scales = load_16(weight.scales, weight.type, n * groups + g, live);
+      const __m512 biases = load_16(weight.biases, weight.type, n * groups + g, live);
+      for (int m = 0; m < Count; ++m) {
+        const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
+        total[m] = _mm512_fmadd_ps(biases, sum, total[m]);
+      }
+      const int64_t end = std::min(blocks, block + 16 / per_block);
+      __m512i group = first_group;
+      for (; block < end; ++block) {
+        const uint8_t* from = q + block * 64;
+        const int64_t rest = inputs - block * kBlock;
+        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
+        const __m512i w =
+            rest >= kBlock ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(first_lanes(rest / 8), from);
+        const __m512i w0 = _mm512_permutexvar_epi16(w, values);
+        const __m512i w1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), values);
+        const __m512i w2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), values);
+        const __m512i w3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), values);
+        const __m512 scale = _mm512_permutexvar_ps(group, scales);
+        for (int m = 0; m < Count; ++m) {
+          const uint16_t* xs = x + m * Parts * part + block * kBlock;
+          __m512 sum = _mm512_setzero_ps();
+          for (int p = 0; p < Parts; ++p, xs += part) {
+            sum = dot(sum, w0, _mm512_loadu_si512(xs));
+            sum = dot(sum, w1, _mm512_loadu_si512(xs + 32));
+            sum = dot(sum, w2, _mm512_loadu_si512(xs + 64));
+            sum = dot(sum, w3, _mm512_loadu_si512(xs + 96));
+          }
+          total[m] = _mm512_fmadd_ps(sum, scale, total[m]);
+        }
+        group = _mm512_add_epi32(group, _mm512_set1_epi32(per_block));
+      }
+    }
+    for (int m = 0; m < Count; ++m) {
+      out[(row + m) * stride + n - first] = _mm512_reduce_add_ps(total[m]);
+    }
+  }
+}
+
+template <int Bits, int Parts, int Count>
+void rows_any(
+    const Weight& weight,
+    const Batch& batch,
+    int64_t row,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride) {
+  const Unpack<Bits> unpack;
+  const int64_t groups = weight.groups(), part = padded(weight.inputs);
+  const uint16_t* x = static_cast<const uint16_t*>(batch.data) + row * Parts * part;
+  const float* sums = batch.sums + row * groups;
+  const int steps = weight.group / 32;
+  for (int64_t n = first; n < last; ++n) {
+    const uint8_t* q = weight.q + n * weight.row_bytes();
+    __m512 total[Count];
+    for (int m = 0; m < Count; ++m) {
+      total[m] = _mm512_setzero_ps();
+    }
+    for (int64_t g = 0; g < groups; g += 16) {
+      const __mmask16 live = first_lanes(groups - g);
+      alignas(64) float scales[16];
+      _mm512_store_ps(scales, load_16(weight.scales, weight.type, n * groups + g, live));
+      const __m512 biases = load_16(weight.biases, weight.type, n * groups + g, live);
+      for (int m = 0; m < Count; ++m) {
+        const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
+        total[m] = _mm512_fmadd_ps(biases, sum, total[m]);
+      }
+      const int64_t end = std::min<int64_t>(16, groups - g);
+      for (int64_t i = 0; i < end; ++i) {
+        __m512 sum[Count];
+        for (int m = 0; m < Count; ++m) {
+          sum[m] = _mm512_setzero_ps();
+        }
+        _mm_prefetch(reinterpret_cast<const char*>(q + kAhead), _MM_HINT_T0);
+        const uint16_t* xs = x + (g + i) * weight.group;
+        for (int s = 0; s < steps; ++s, q += 4 * Bits, xs += 32) {
+          const __m512i w = unpack(q);
+          for (int m = 0; m < Count; ++m) {
+            for (int p = 0; p < Parts; ++p) {
+              sum[m] = dot(sum[m], w, _mm512_loadu_si512(xs + (m * Parts + p) * part));
+            }
+          }
+        }
+        const __m512 scale = _mm512_set1_ps(scales[i]);
+        for (int m = 0; m < Count; ++m) {
+          total[m] = _mm512_fmadd_ps(sum[m], scale, total[m]);
+        }
+      }
+    }
+    for (int m = 0; m < Count; ++m) {
+      out[(row + m) * stride + n - first] = _mm512_reduce_add_ps(total[m]);
+    }
+  }
+}
+
+template <int Bits, int Parts, int Count>
+void rows(
+    const Weight& weight,
+    const Batch& batch,
+    int64_t row,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride) {
+  if constexpr (Bits == 4) {
+    rows_4bit<Parts, Count>(weight, batch, row, first, last, out, stride);
+  } else {
+    rows_any<Bits, Parts, Count>(weight, batch, row, first, last, out, stride);
+  }
+}
+
+template <int Bits, int Parts>
+void few(
+    const Weight& weight,
+    const Batch& batch,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride) {
+  int64_t row = 0;
+  for (; row + 4 <= batch.count; row += 4) {
+    rows<Bits, Parts, 4>(weight, batch, row, first, last, out, stride);
+  }
+  for (; row < batch.count; ++row) {
+    rows<Bits, Parts, 1>(weight, batch, row, first, last, out, stride);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Many rows. Weights: scratch holds, for 32 rows, the integers as [inputs / 2][32] pairs of
+// bfloat16 (or [inputs][32] float32), then scales and biases as [group][32] float32.
+// Activations: bfloat16 as they are, others as float32, [count][inputs].
+
+struct Panel {
+  void* values;
+  float* scales;
+  float* biases;
+};
+
+bool in_bf16(Float type) {
+  return type == Float::bf16;
+}
+
+size_t panel_bytes(const Weight& weight, Float type) {
+  return size_t(weight.inputs) * kPanelRows * (in_bf16(type) ? 2 : 4);
+}
+
+// Transpose 16 rows of 16 words.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int half = 0; half < 16; half += 8) {
+    for (int i = 0; i < 4; ++i) {
+      t[half + i] = _mm512_shuffle_i32x4(r[half + i], r[half + i + 4], 0x88);
+      t[half + i + 4] = _mm512_shuffle_i32x4(r[half + i], r[half + i + 4], 0xdd);
+    }
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+template <int Bits, bool Bf16>
+void fill_panel(const Weight& weight, int64_t first, int64_t count, Panel& panel) {
+  const Unpack<Bits> unpack;
+  const int64_t groups = weight.groups();
+  for (int64_t side = 0; side < kPanelRows; side += 16) {
+    for (int64_t k = 0; k < weight.inputs; k += 32) {
+      __m512i pairs[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t n = first + side + i;
+        pairs[i] = side + i < count ? unpack(weight.q + n * weight.row_bytes() + k * Bits / 8)
+                                    : _mm512_setzero_si512();
+      }
+      transpose(pairs);
+      for (int i = 0; i < 16; ++i) {
+        if constexpr (Bf16) {
+          uint32_t* to = static_cast<uint32_t*>(panel.values) + (k / 2 + i) * kPanelRows + side;
+          _mm512_storeu_si512(to, pairs[i]);
+        } else {
+          float* to = static_cast<float*>(panel.values) + (k + 2 * i) * kPanelRows + side;
+          _mm512_storeu_si512(to, _mm512_slli_epi32(pairs[i], 16));
+          _mm512_storeu_si512(
+              to + kPanelRows, _mm512_and_si512(pairs[i], _mm512_set1_epi32(int(0xffff0000u))));
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < kPanelRows; ++i) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = (first + i) * groups + g;
+      const bool live = i < count;
+      panel.scales[g * kPanelRows + i] = live ? load_float(weight.scales, weight.type, at) : 0.0f;
+      panel.biases[g * kPanelRows + i] = live ? load_float(weight.biases, weight.type, at) : 0.0f;
+    }
+  }
+}
+
+template <bool Bf16, int Count>
+void multiply_panel(
+    const Weight& weight,
+    const Batch& batch,
+    const Panel& panel,
+    int64_t row,
+    float (&result)[Count][kPanelRows]) {
+  const int64_t groups = weight.groups(), inputs = weight.inputs;
+  const int64_t steps = Bf16 ? weight.group / 2 : weight.group;
+  const int64_t x_words = Bf16 ? inputs / 2 : inputs;
+  const uint32_t* x = static_cast<const uint32_t*>(batch.data) + row * x_words;
+  const float* values = static_cast<const float*>(panel.values);
+  __m512 total[Count][2];
+  for (int m = 0; m < Count; ++m) {
+    total[m][0] = total[m][1] = _mm512_setzero_ps();
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 sum[Count][2];
+    for (int m = 0; m < Count; ++m) {
+      sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    }
+    for (int64_t k = g * steps; k < (g + 1) * steps; ++k) {
+      const __m512 w0 = _mm512_loadu_ps(values + k * kPanelRows);
+      const __m512 w1 = _mm512_loadu_ps(values + k * kPanelRows + 16);
+      for (int m = 0; m < Count; ++m) {
+        const __m512i word = _mm512_set1_epi32(int(x[m * x_words + k]));
+        if constexpr (Bf16) {
+          sum[m][0] = dot(sum[m][0], _mm512_castps_si512(w0), word);
+          sum[m][1] = dot(sum[m][1], _mm512_castps_si512(w1), word);
+        } else {
+          sum[m][0] = _mm512_fmadd_ps(w0, _mm512_castsi512_ps(word), sum[m][0]);
+          sum[m][1] = _mm512_fmadd_ps(w1, _mm512_castsi512_ps(word), sum[m][1]);
+        }
+      }
+    }
+    for (int side = 0; side < 2; ++side) {
+      const __m512 scale = _mm512_loadu_ps(panel.scales + g * kPanelRows + side * 16);
+      const __m512 bias = _mm512_loadu_ps(panel.biases + g * kPanelRows + side * 16);
+      for (int m = 0; m < Count; ++m) {
+        const __m512 of_group = _mm512_set1_ps(batch.sums[(row + m) * groups + g]);
+        total[m][side] = _mm512_fmadd_ps(sum[m][side], scale, total[m][side]);
+        total[m][side] = _mm512_fmadd_ps(bias, of_group, total[m][side]);
+      }
+    }
+  }
+  for (int m = 0; m < Count; ++m) {
+    _mm512_storeu_ps(result[m], total[m][0]);
+    _mm512_storeu_ps(result[m] + 16, total[m][1]);
+  }
+}
+
+template <bool Bf16, int Count>
+void panel_rows(
+    const Weight& weight,
+    const Batch& batch,
+    const Panel& panel,
+    int64_t row,
+    int64_t width,
+    float* out,
+    int64_t stride) {
+  float result[Count][kPanelRows];
+  multiply_panel<Bf16, Count>(weight, batch, panel, row, result);
+  for (int m = 0; m < Count; ++m) {
+    std::copy_n(result[m], width, out + (row + m) * stride);
+  }
+}
+
+template <int Bits, bool Bf16>
+void many(
+    const Weight& weight,
+    const Batch& batch,
+    Float type,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride,
+    void* scratch) {
+  Panel panel;
+  panel.values = scratch;
+  panel.scales =
+      reinterpret_cast<float*>(static_cast<char*>(scratch) + panel_bytes(weight, type));
+  panel.biases = panel.scales + weight.groups() * kPanelRows;
+  for (int64_t n = first; n < last; n += kPanelRows) {
+    const int64_t width = std::min(kPanelRows, last - n);
+    fill_panel<Bits, Bf16>(weight, n, width, panel);
+    float* to = out + n - first;
+    int64_t row = 0;
+    for (; row + 6 <= batch.count; row += 6) {
+      panel_rows<Bf16, 6>(weight, batch, panel, row, width, to, stride);
+    }
+    for (; row < batch.count; ++row) {
+      panel_rows<Bf16, 1>(weight, batch, panel, row, width, to, stride);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+
+template <int Bits>
+void multiply_bits(
+    const Weight& weight,
+    const Batch& batch,
+    Float type,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride,
+    void* scratch) {
+  if (panels(batch.count)) {
+    if (in_bf16(type)) {
+      return many<Bits, true>(weight, batch, type, first, last, out, stride, scratch);
+    }
+    return many<Bits, false>(weight, batch, type, first, last, out, stride, scratch);
+  }
+  switch (parts_of(type)) {
+    case 1:
+      return few<Bits, 1>(weight, batch, first, last, out, stride);
+    case 2:
+      return few<Bits, 2>(weight, batch, first, last, out, stride);
+    default:
+      return few<Bits, 3>(weight, batch, first, last, out, stride);
+  }
+}
+
+void multiply(
+    const Weight& weight,
+    const Batch& batch,
+    Float type,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride,
+    void* scratch) {
+  switch (weight.bits) {
+    case 2:
+      return multiply_bits<2>(weight, batch, type, first, last, out, stride, scratch);
+    case 3:
+      return multiply_bits<3>(weight, batch, type, first, last, out, stride, scratch);
+    case 4:
+      return multiply_bits<4>(weight, batch, type, first, last, out, stride, scratch);
+    case 5:
+      return multiply_bits<5>(weight, batch, type, first, last, out, stride, scratch);
+    case 6:
+      return multiply_bits<6>(weight, batch, type, first, last, out, stride, scratch);
+    default:
+      return multiply_bits<8>(weight, batch, type, first, last, out, stride, scratch);
+  }
+}
+
+size_t row_size(const Weight& weight, Float) {
+  return size_t(padded(weight.inputs)) * 3 * sizeof(uint16_t);
+}
+
+size_t scratch_size(const Weight& weight, Float type, int64_t count) {
+  if (!panels(count)) {
+    return 0;
+  }
+  return panel_bytes(weight, type) + 2 * size_t(weight.groups()) * kPanelRows * sizeof(float);
+}
+
+// 32 activations from index k on, as two vectors of float32.
+inline void load_32(const void* x, Float type, int64_t k, __m512& low, __m512& high) {
+  low = load_16(x, type, k, 0xffff);
+  high = load_16(x, type, k + 16, 0xffff);
+}
+
+// The upper halves of 32 float32 values, in order: for finite ones bfloat16 values that are not
+// larger. A NaN stays one.
+inline __m512i upper_halves(__m512 low, __m512 high) {
+  alignas(64) static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                               23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                               45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i quiet = _mm512_set1_epi32(0x400000);
+  const auto keep_nan = [&](__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    return _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, quiet);
+  };
+  return _mm512_permutex2var_epi16(keep_nan(low), _mm512_load_si512(odd), keep_nan(high));
+}
+
+// What is left of finite values below their upper halves; nothing of others.
+inline __m512 lower_rest(__m512 v) {
+  const __m512i top = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000u)));
+  const __mmask16 finite = ~_mm512_fpclass_ps_mask(v, 0x99);
+  return _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(top));
+}
+
+// Reorder a block of 128 from [k] to [k % 4][k / 4].
+inline void shuffle_block(uint16_t* block) {
+  alignas(64) uint16_t index[32];
+  __m512i in[4], out[4];
+  for (int i = 0; i < 4; ++i) {
+    in[i] = _mm512_loadu_si512(block + 32 * i);
+  }
+  for (int t = 0; t < 4; ++t) {
+    for (int j = 0; j < 32; ++j) {
+      index[j] = uint16_t((4 * j + t) % 64);
+    }
+    const __m512i at = _mm512_load_si512(index);
+    const __m512i first = _mm512_permutex2var_epi16(in[0], at, in[1]);
+    const __m512i second = _mm512_permutex2var_epi16(in[2], at, in[3]);
+    out[t] = _mm512_mask_blend_epi16(0xffff0000u, first, second);
+  }
+  for (int t = 0; t < 4; ++t) {
+    _mm512_storeu_si512(block + 32 * t, out[t]);
+  }
+}
+
+template <int Parts>
+void pack_parts(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row) {
+  const int64_t part = padded(batch.inputs);
+  uint16_t* to = static_cast<uint16_t*>(batch.data) + row * Parts * part;
+  for (int64_t k = 0; k < part; k += 32) {
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    if (k < batch.inputs) {
+      load_32(x, type, k, low, high);
+    }
+    for (int p = 0; p < Parts; ++p) {
+      _mm512_storeu_si512(to + p * part + k, upper_halves(low, high));
+      low = lower_rest(low);
+      high = lower_rest(high);
+    }
+  }
+  if (weight.bits == 4) {
+    for (int64_t k = 0; k < Parts * part; k += kBlock) {
+      shuffle_block(to + k);
+    }
+  }
+}
+
+void pack(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row) {
+  if (panels(batch.count)) {
+    const size_t bytes = size_t(batch.inputs) * (in_bf16(type) ? 2 : 4);
+    char* to = static_cast<char*>(batch.data) + row * bytes;
+    if (type == Float::f16) {
+      for (int64_t k = 0; k < batch.inputs; k += 16) {
+        _mm512_storeu_ps(reinterpret_cast<float*>(to) + k, load_16(x, type, k, 0xffff));
+      }
+    } else {
+      std::memcpy(to, x, bytes);
+    }
+  } else if (type == Float::bf16) {
+    pack_parts<1>(weight, x, type, batch, row);
+  } else if (type == Float::f16) {
+    pack_parts<2>(weight, x, type, batch, row);
+  } else {
+    pack_parts<3>(weight, x, type, batch, row);
+  }
+  float* sums = batch.sums + row * weight.groups();
+  for (int64_t g = 0; g < weight.groups(); ++g) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = g * weight.group; k < (g + 1) * weight.group; k += 16) {
+      sum = _mm512_add_ps(sum, load_16(x, type, k, 0xffff));
+    }
+    sums[g] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+} // namespace
+
+const Kernels* kernels_avx512_bf16() {
+  static const Kernels kernels = {"avx512_bf16", row_size, pack, multiply, scratch_size};
+  return &kernels;
+}
+
+} // namespace zmlx

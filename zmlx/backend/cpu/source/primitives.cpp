@@ -1,0 +1,711 @@
+#include "primitives.h"
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <typeinfo>
+#include <vector>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+#include "mlx/transforms.h"
+#include "mlx/utils.h"
+#include "products.h"
+
+namespace zmlx {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+std::optional<Float> float_of(mx::Dtype type) {
+  if (type == mx::float32) {
+    return Float::f32;
+  }
+  if (type == mx::float16) {
+    return Float::f16;
+  }
+  if (type == mx::bfloat16) {
+    return Float::bf16;
+  }
+  return std::nullopt;
+}
+
+// An evaluated input, read when the task runs: as it lies in memory, or as a contiguous copy.
+class Input {
+ public:
+  explicit Input(const mx::array& array) : array_(mx::array::unsafe_weak_copy(array)) {}
+
+  // Valid until the object goes; call it in the task.
+  const void* data() {
+    const char* from = array_.data<char>();
+    if (array_.flags().row_contiguous || array_.size() == 0) {
+      return from;
+    }
+    copy_.resize(array_.nbytes());
+    char* to = copy_.data();
+    copy(from, to, 0);
+    return copy_.data();
+  }
+
+  Float type() const {
+    return *float_of(array_.dtype());
+  }
+
+  const mx::array& array() const {
+    return array_;
+  }
+
+ private:
+  void copy(const char* from, char*& to, int axis) {
+    const size_t item = array_.itemsize();
+    if (axis == int(array_.ndim())) {
+      std::memcpy(to, from, item);
+      to += item;
+      return;
+    }
+    for (int64_t i = 0; i < array_.shape(axis); ++i) {
+      copy(from + i * array_.strides(axis) * int64_t(item), to, axis + 1);
+    }
+  }
+
+  mx::array array_;
+  std::vector<char> copy_;
+};
+
+// Three consecutive inputs of a primitive: a quantized weight.
+class WeightInput {
+ public:
+  WeightInput(const Arrays& inputs, size_t at, Format format)
+      : w_(inputs[at]), scales_(inputs[at + 1]), biases_(inputs[at + 2]), format_(format) {}
+
+  Weight weight() {
+    const auto& shape = w_.array().shape();
+    return {
+        static_cast<const uint8_t*>(w_.data()),
+        scales_.data(),
+        biases_.data(),
+        shape[shape.size() - 2],
+        int64_t(scales_.array().shape(-1)) * format_.group_size,
+        format_.bits,
+        format_.group_size,
+        scales_.type()};
+  }
+
+  Experts experts() {
+    return {weight(), w_.array().shape(0)};
+  }
+
+ private:
+  Input w_, scales_, biases_;
+  Format format_;
+};
+
+Rows rows_of(Input& input) {
+  const auto& array = input.array();
+  const int64_t width = array.shape(-1);
+  void* data = const_cast<void*>(input.data());
+  return {data, input.type(), width == 0 ? 0 : int64_t(array.size()) / width, width};
+}
+
+Rows rows_of(mx::array& output) {
+  const int64_t width = output.shape(-1);
+  return {output.data<char>(), *float_of(output.dtype()), int64_t(output.size()) / width, width};
+}
+
+// A primitive whose gradients, batching and second meaning are those of stock operations.
+class Fused : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+
+  // The same computation in stock operations.
+  virtual Arrays stock(const Arrays& inputs) const = 0;
+
+  // Compute on the CPU; runs on the stream's thread.
+  virtual std::function<void()> task(const Arrays& inputs, mx::array& output) = 0;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    mx::array& out = outputs[0];
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    mx::cpu::get_command_encoder(stream()).dispatch(task(inputs, out));
+  }
+
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error(std::string("[zmlx] ") + name() + " runs on the CPU only");
+  }
+
+  Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums)
+      override {
+    Arrays chosen;
+    for (int argnum : argnums) {
+      chosen.push_back(primals[argnum]);
+    }
+    return mx::jvp(function_of(primals, argnums), chosen, tangents).second;
+  }
+
+  Arrays vjp(
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays&) override {
+    Arrays chosen;
+    for (int argnum : argnums) {
+      chosen.push_back(primals[argnum]);
+    }
+    return mx::vjp(function_of(primals, argnums), chosen, cotangents).second;
+  }
+
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes)
+      override {
+    auto mapped = mx::vmap([this](const Arrays& all) { return stock(all); }, axes);
+    return {mapped(inputs), {0}};
+  }
+
+ private:
+  // The stock computation as a function of some of its inputs; the others are held.
+  std::function<Arrays(const Arrays&)> function_of(
+      const Arrays& primals, const std::vector<int>& argnums) const {
+    return [this, primals, argnums](const Arrays& chosen) {
+      Arrays all = primals;
+      for (size_t i = 0; i < argnums.size(); ++i) {
+        all[argnums[i]] = chosen[i];
+      }
+      return stock(all);
+    };
+  }
+};
+
+// `std::function` copies what it holds, and an Input is not to be copied: hold it behind a pointer.
+template <class State, class Run>
+std::function<void()> task_with(State state, Run run) {
+  auto shared = std::make_shared<State>(std::move(state));
+  return [shared, run] { run(*shared); };
+}
+
+mx::array stock_matmul(const mx::array& x, const Arrays& in, size_t at, Format f) {
+  return mx::quantized_matmul(
+      x, in[at], in[at + 1], in[at + 2], true, f.group_size, f.bits, "affine");
+}
+
+mx::array stock_gather(
+    const mx::array& x, const Arrays& in, size_t at, Format f, const mx::array& indices) {
+  return mx::gather_qmm(
+      x,
+      in[at],
+      in[at + 1],
+      in[at + 2],
+      std::nullopt,
+      indices,
+      true,
+      f.group_size,
+      f.bits,
+      "affine");
+}
+
+mx::array stock_activation(Activation activation, const mx::array& x) {
+  const auto number = [&](float value) { return mx::array(value, x.dtype()); };
+  switch (activation) {
+    case Activation::silu:
+      return x * mx::sigmoid(x);
+    case Activation::gelu:
+      return x * (number(1) + mx::erf(x * number(0.70710678f))) * number(0.5);
+    default:
+      return number(0.5) * x *
+          (number(1) +
+           mx::tanh(number(0.79788456f) * (x + number(0.044715f) * x * x * x)));
+  }
+}
+
+class QuantizedMatmul : public Fused {
+ public:
+  QuantizedMatmul(mx::Stream stream, Format format) : Fused(stream), format_(format) {}
+
+  const char* name() const override {
+    return "ZmlxQuantizedMatmul";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& same = static_cast<const QuantizedMatmul&>(other);
+    return format_.group_size == same.format_.group_size && format_.bits == same.format_.bits;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    mx::Shape shape = inputs[0].shape();
+    shape.back() = inputs[1].shape(-2);
+    return {shape};
+  }
+
+  Arrays stock(const Arrays& in) const override {
+    const mx::array y = stock_matmul(in[0], in, 1, format_);
+    return {in.size() > 4 ? y + in[4] : y};
+  }
+
+  std::function<void()> task(const Arrays& in, mx::array& out) override {
+    struct State {
+      Input x;
+      WeightInput weight;
+      std::optional<Input> bias;
+      mx::array out;
+    };
+    State state{
+        Input(in[0]),
+        WeightInput(in, 1, format_),
+        in.size() > 4 ? std::optional<Input>(in[4]) : std::nullopt,
+        mx::array::unsafe_weak_copy(out)};
+    return task_with(std::move(state), [](State& s) {
+      const Bias bias = s.bias ? Bias{s.bias->data(), s.bias->type()} : Bias{};
+      product(s.weight.weight(), bias, rows_of(s.x), rows_of(s.out));
+    });
+  }
+
+ private:
+  Format format_;
+};
+
+class QuantizedGlu : public Fused {
+ public:
+  QuantizedGlu(
+      mx::Stream stream, Format gate, Format up, Activation activation, bool gate_bias, bool up_bias)
+      : Fused(stream),
+        gate_(gate),
+        up_(up),
+        activation_(activation),
+        gate_bias_(gate_bias),
+        up_bias_(up_bias) {}
+
+  const char* name() const override {
+    return "ZmlxQuantizedGlu";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const QuantizedGlu&>(other);
+    return gate_.group_size == o.gate_.group_size && gate_.bits == o.gate_.bits &&
+        up_.group_size == o.up_.group_size && up_.bits == o.up_.bits &&
+        activation_ == o.activation_ && gate_bias_ == o.gate_bias_ && up_bias_ == o.up_bias_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    mx::Shape shape = inputs[0].shape();
+    shape.back() = inputs[1].shape(-2);
+    return {shape};
+  }
+
+  Arrays stock(const Arrays& in) const override {
+    mx::array gate = stock_matmul(in[0], in, 1, gate_);
+    mx::array up = stock_matmul(in[0], in, 4, up_);
+    gate = gate_bias_ ? gate + in[7] : gate;
+    up = up_bias_ ? up + in[up_bias_at()] : up;
+    return {stock_activation(activation_, gate) * up};
+  }
+
+  std::function<void()> task(const Arrays& in, mx::array& out) override {
+    struct State {
+      Input x;
+      WeightInput gate, up;
+      std::optional<Input> gate_bias, up_bias;
+      Activation activation;
+      mx::array out;
+    };
+    State state{
+        Input(in[0]),
+        WeightInput(in, 1, gate_),
+        WeightInput(in, 4, up_),
+        gate_bias_ ? std::optional<Input>(in[7]) : std::nullopt,
+        up_bias_ ? std::optional<Input>(in[up_bias_at()]) : std::nullopt,
+        activation_,
+        mx::array::unsafe_weak_copy(out)};
+    return task_with(std::move(state), [](State& s) {
+      const auto bias = [](std::optional<Input>& b) {
+        return b ? Bias{b->data(), b->type()} : Bias{};
+      };
+      gated_product(
+          s.gate.weight(),
+          bias(s.gate_bias),
+          s.up.weight(),
+          bias(s.up_bias),
+          s.activation,
+          rows_of(s.x),
+          rows_of(s.out));
+    });
+  }
+
+ private:
+  size_t up_bias_at() const {
+    return gate_bias_ ? 8 : 7;
+  }
+
+  Format gate_, up_;
+  Activation activation_;
+  bool gate_bias_, up_bias_;
+};
+
+// Inputs: x, w, scales, biases, indices; the product p takes row p / per_row of x.
+class GatherMatmul : public Fused {
+ public:
+  GatherMatmul(mx::Stream stream, Format format, int64_t per_row)
+      : Fused(stream), format_(format), per_row_(per_row) {}
+
+  const char* name() const override {
+    return "ZmlxGatherQuantizedMatmul";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const GatherMatmul&>(other);
+    return format_.group_size == o.format_.group_size && format_.bits == o.format_.bits &&
+        per_row_ == o.per_row_;
+  }
+
+  Arrays stock(const Arrays& in) const override {
+    return {stock_gather(in[0], in, 1, format_, in[4])};
+  }
+
+  std::function<void()> task(const Arrays& in, mx::array& out) override {
+    struct State {
+      Input x;
+      WeightInput weight;
+      Input indices;
+      int64_t per_row;
+      mx::array out;
+    };
+    State state{
+        Input(in[0]),
+        WeightInput(in, 1, format_),
+        Input(in[4]),
+        per_row_,
+        mx::array::unsafe_weak_copy(out)};
+    return task_with(std::move(state), [](State& s) {
+      const Routing routing{
+          static_cast<const uint32_t*>(s.indices.data()),
+          int64_t(s.indices.array().size()),
+          s.per_row};
+      gather_product(s.weight.experts(), routing, rows_of(s.x), rows_of(s.out));
+    });
+  }
+
+ private:
+  Format format_;
+  int64_t per_row_;
+};
+
+// Inputs: x (T, K), indices (T, k), gate, up.
+class GatherGlu : public Fused {
+ public:
+  GatherGlu(mx::Stream stream, Format gate, Format up, Activation activation)
+      : Fused(stream), gate_(gate), up_(up), activation_(activation) {}
+
+  const char* name() const override {
+    return "ZmlxGatherQuantizedGlu";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const GatherGlu&>(other);
+    return gate_.group_size == o.gate_.group_size && gate_.bits == o.gate_.bits &&
+        up_.group_size == o.up_.group_size && up_.bits == o.up_.bits &&
+        activation_ == o.activation_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override {
+    return {{in[1].shape(0), in[1].shape(1), in[2].shape(-2)}};
+  }
+
+  Arrays stock(const Arrays& in) const override {
+    const mx::array x = mx::expand_dims(in[0], {1, 2});
+    const mx::array gate = stock_gather(x, in, 2, gate_, in[1]);
+    const mx::array up = stock_gather(x, in, 5, up_, in[1]);
+    return {mx::squeeze(stock_activation(activation_, gate) * up, -2)};
+  }
+
+  std::function<void()> task(const Arrays& in, mx::array& out) override {
+    struct State {
+      Input x, indices;
+      WeightInput gate, up;
+      Activation activation;
+      mx::array out;
+    };
+    State state{
+        Input(in[0]),
+        Input(in[1]),
+        WeightInput(in, 2, gate_),
+        WeightInput(in, 5, up_),
+        activation_,
+        mx::array::unsafe_weak_copy(out)};
+    return task_with(std::move(state), [](State& s) {
+      const auto& indices = s.indices.array();
+      const Routing routing{
+          static_cast<const uint32_t*>(s.indices.data()),
+          int64_t(indices.size()),
+          indices.shape(1)};
+      gather_gated_product(
+          s.gate.experts(), s.up.experts(), s.activation, routing, rows_of(s.x), rows_of(s.out));
+    });
+  }
+
+ private:
+  Format gate_, up_;
+  Activation activation_;
+};
+
+// Inputs: h (T, k, K), indices (T, k), weights (T, k), w, scales, biases.
+class GatherCombine : public Fused {
+ public:
+  GatherCombine(mx::Stream stream, Format format) : Fused(stream), format_(format) {}
+
+  const char* name() const override {
+    return "ZmlxGatherQuantizedCombine";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const GatherCombine&>(other);
+    return format_.group_size == o.format_.group_size && format_.bits == o.format_.bits;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override {
+    return {{in[0].shape(0), in[3].shape(-2)}};
+  }
+
+  Arrays stock(const Arrays& in) const override {
+    const mx::array h = mx::expand_dims(in[0], -2);
+    const mx::array y = mx::squeeze(stock_gather(h, in, 3, format_, in[1]), -2);
+    return {mx::sum(y * mx::expand_dims(in[2], -1), -2)};
+  }
+
+  std::function<void()> task(const Arrays& in, mx::array& out) override {
+    struct State {
+      Input h, indices, weights;
+      WeightInput weight;
+      mx::array out;
+    };
+    State state{
+        Input(in[0]),
+        Input(in[1]),
+        Input(in[2]),
+        WeightInput(in, 3, format_),
+        mx::array::unsafe_weak_copy(out)};
+    return task_with(std::move(state), [](State& s) {
+      const auto& indices = s.indices.array();
+      const Routing routing{
+          static_cast<const uint32_t*>(s.indices.data()), int64_t(indices.size()), 1};
+      gather_combine(
+          s.weight.experts(),
+          routing,
+          rows_of(s.weights),
+          indices.shape(1),
+          rows_of(s.h),
+          rows_of(s.out));
+    });
+  }
+
+ private:
+  Format format_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// From arrays to primitives. What the kernels do not take becomes the stock operation, which also
+// words the errors.
+
+bool takes(const QuantizedArray& weight, size_t ndim) {
+  const int bits = weight.format.bits, group = weight.format.group_size;
+  const bool known_bits = bits >= 2 && bits <= 8 && bits != 7;
+  const bool known_group = group == 32 || group == 64 || group == 128;
+  if (!known_bits || !known_group || weight.w.ndim() != ndim || weight.w.dtype() != mx::uint32 ||
+      !float_of(weight.scales.dtype()) || weight.biases.dtype() != weight.scales.dtype() ||
+      weight.scales.shape() != weight.biases.shape() || weight.scales.ndim() != ndim) {
+    return false;
+  }
+  for (size_t axis = 0; axis + 1 < ndim; ++axis) {
+    if (weight.w.shape(axis) != weight.scales.shape(axis)) {
+      return false;
+    }
+  }
+  const int64_t inputs = int64_t(weight.scales.shape(-1)) * group;
+  return inputs > 0 && weight.w.size() > 0 && int64_t(weight.w.shape(-1)) * 32 == inputs * bits;
+}
+
+bool takes(const mx::array& x, const QuantizedArray& weight) {
+  return x.ndim() > 0 && x.size() > 0 && float_of(x.dtype()) &&
+      int64_t(x.shape(-1)) == int64_t(weight.scales.shape(-1)) * weight.format.group_size;
+}
+
+bool takes(const std::optional<mx::array>& bias, const QuantizedArray& weight) {
+  return !bias ||
+      (float_of(bias->dtype()) && bias->ndim() == 1 && bias->shape(0) == weight.w.shape(-2));
+}
+
+std::optional<mx::Stream> cpu_stream() {
+  const mx::Stream stream = mx::to_stream({});
+  return stream.device == mx::Device::cpu ? std::optional<mx::Stream>(stream) : std::nullopt;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") {
+    return Activation::silu;
+  }
+  if (name == "gelu") {
+    return Activation::gelu;
+  }
+  if (name == "gelu_tanh") {
+    return Activation::gelu_tanh;
+  }
+  throw std::invalid_argument(
+      "[zmlx] activation '" + name + "': expected silu, gelu or gelu_tanh");
+}
+
+mx::array made(
+    mx::Shape shape, mx::Dtype type, std::shared_ptr<mx::Primitive> primitive, Arrays inputs) {
+  return mx::array(std::move(shape), type, std::move(primitive), std::move(inputs));
+}
+
+mx::Dtype promoted(mx::Dtype type, const std::optional<mx::array>& other) {
+  return other ? mx::promote_types(type, other->dtype()) : type;
+}
+
+void append(Arrays& inputs, const QuantizedArray& weight) {
+  inputs.insert(inputs.end(), {weight.w, weight.scales, weight.biases});
+}
+
+mx::array as_indices(const mx::array& indices) {
+  return indices.dtype() == mx::uint32 ? indices : mx::astype(indices, mx::uint32);
+}
+
+} // namespace
+
+mx::array quantized_matmul(
+    const mx::array& x, const QuantizedArray& weight, const std::optional<mx::array>& bias) {
+  Arrays inputs = {x};
+  append(inputs, weight);
+  if (bias) {
+    inputs.push_back(*bias);
+  }
+  const auto stream = cpu_stream();
+  auto primitive = std::make_shared<QuantizedMatmul>(
+      stream.value_or(mx::Stream(0, mx::Device::cpu)), weight.format);
+  if (!stream || !takes(weight, 2) || !takes(x, weight) || !takes(bias, weight)) {
+    return primitive->stock(inputs)[0];
+  }
+  mx::Shape shape = x.shape();
+  shape.back() = weight.w.shape(0);
+  const mx::Dtype type = promoted(mx::promote_types(x.dtype(), weight.scales.dtype()), bias);
+  return made(std::move(shape), type, std::move(primitive), std::move(inputs));
+}
+
+mx::array quantized_glu(
+    const mx::array& x,
+    const QuantizedArray& gate,
+    const QuantizedArray& up,
+    const std::optional<mx::array>& gate_bias,
+    const std::optional<mx::array>& up_bias,
+    const std::string& activation) {
+  Arrays inputs = {x};
+  append(inputs, gate);
+  append(inputs, up);
+  for (const auto& bias : {gate_bias, up_bias}) {
+    if (bias) {
+      inputs.push_back(*bias);
+    }
+  }
+  const auto stream = cpu_stream();
+  auto primitive = std::make_shared<QuantizedGlu>(
+      stream.value_or(mx::Stream(0, mx::Device::cpu)),
+      gate.format,
+      up.format,
+      activation_of(activation),
+      gate_bias.has_value(),
+      up_bias.has_value());
+  if (!stream || !takes(gate, 2) || !takes(up, 2) || !takes(x, gate) || !takes(x, up) ||
+      !takes(gate_bias, gate) || !takes(up_bias, up) || gate.w.shape(0) != up.w.shape(0)) {
+    return primitive->stock(inputs)[0];
+  }
+  mx::Shape shape = x.shape();
+  shape.back() = gate.w.shape(0);
+  const mx::Dtype gates = promoted(mx::promote_types(x.dtype(), gate.scales.dtype()), gate_bias);
+  const mx::Dtype ups = promoted(mx::promote_types(x.dtype(), up.scales.dtype()), up_bias);
+  return made(
+      std::move(shape), mx::promote_types(gates, ups), std::move(primitive), std::move(inputs));
+}
+
+mx::array gather_quantized_matmul(
+    const mx::array& x, const QuantizedArray& weight, const mx::array& indices) {
+  const auto stream = cpu_stream();
+  // Either one row for each index, or one row for all indices of the last axis.
+  mx::Shape batch(x.shape().begin(), x.shape().end() - std::min<size_t>(2, x.ndim()));
+  const bool each = batch == indices.shape();
+  int64_t per_row = 1;
+  if (!each && !batch.empty() && batch.back() == 1 && batch.size() == indices.ndim()) {
+    per_row = indices.shape(-1);
+    batch.back() = int(per_row);
+  }
+  Arrays inputs = {x};
+  append(inputs, weight);
+  inputs.push_back(as_indices(indices));
+  auto primitive = std::make_shared<GatherMatmul>(
+      stream.value_or(mx::Stream(0, mx::Device::cpu)), weight.format, per_row);
+  if (!stream || !takes(weight, 3) || !takes(x, weight) || x.ndim() < 3 || x.shape(-2) != 1 ||
+      batch != indices.shape() || indices.size() == 0) {
+    return primitive->stock(inputs)[0];
+  }
+  mx::Shape shape = indices.shape();
+  shape.push_back(1);
+  shape.push_back(weight.w.shape(1));
+  const mx::Dtype type = mx::promote_types(x.dtype(), weight.scales.dtype());
+  return made(std::move(shape), type, std::move(primitive), std::move(inputs));
+}
+
+mx::array gather_quantized_glu(
+    const mx::array& x,
+    const mx::array& indices,
+    const QuantizedArray& gate,
+    const QuantizedArray& up,
+    const std::string& activation) {
+  Arrays inputs = {x, as_indices(indices)};
+  append(inputs, gate);
+  append(inputs, up);
+  const auto stream = cpu_stream();
+  auto primitive = std::make_shared<GatherGlu>(
+      stream.value_or(mx::Stream(0, mx::Device::cpu)),
+      gate.format,
+      up.format,
+      activation_of(activation));
+  if (x.ndim() != 2 || indices.ndim() != 2 || x.shape(0) != indices.shape(0)) {
+    throw std::invalid_argument(
+        "[zmlx] gather_quantized_glu: expected x (T, K) and indices (T, k)");
+  }
+  if (!stream || !takes(gate, 3) || !takes(up, 3) || !takes(x, gate) || !takes(x, up) ||
+      gate.w.shape(0) != up.w.shape(0) || gate.w.shape(1) != up.w.shape(1) ||
+      indices.size() == 0) {
+    return primitive->stock(inputs)[0];
+  }
+  mx::Shape shape = {indices.shape(0), indices.shape(1), gate.w.shape(1)};
+  const mx::Dtype type = mx::promote_types(
+      mx::promote_types(x.dtype(), gate.scales.dtype()), up.scales.dtype());
+  return made(std::move(shape), type, std::move(primitive), std::move(inputs));
+}
+
+mx::array gather_quantized_combine(
+    const mx::array& h,
+    const mx::array& indices,
+    const mx::array& weights,
+    const QuantizedArray& weight) {
+  if (h.ndim() != 3 || indices.ndim() != 2 || weights.shape() != indices.shape() ||
+      h.shape(0) != indices.shape(0) || h.shape(1) != indices.shape(1)) {
+    throw std::invalid_argument(
+        "[zmlx] gather_quantized_combine: expected h (T, k, K), indices (T, k), weights (T, k)");
+  }
+  Arrays inputs = {h, as_indices(indices), weights};
+  append(inputs, weight);
+  const auto stream = cpu_stream();
+  auto primitive = std::make_shared<GatherCombine>(
+      stream.value_or(mx::Stream(0, mx::Device::cpu)), weight.format);
+  if (!stream || !takes(weight, 3) || !takes(h, weight) || !float_of(weights.dtype()) ||
+      indices.size() == 0) {
+    return primitive->stock(inputs)[0];
+  }
+  mx::Shape shape = {h.shape(0), weight.w.shape(1)};
+  const mx::Dtype type = mx::promote_types(
+      mx::promote_types(h.dtype(), weight.scales.dtype()), weights.dtype());
+  return made(std::move(shape), type, std::move(primitive), std::move(inputs));
+}
+
+} // namespace zmlx

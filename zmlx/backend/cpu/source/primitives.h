@@ -1,0 +1,59 @@
+// The operations as lazy MLX arrays.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "mlx/array.h"
+
+namespace zmlx {
+
+namespace mx = mlx::core;
+
+// Packing of one quantized weight.
+struct Format {
+  int group_size;
+  int bits;
+};
+
+// A quantized weight: w (..., N, K * bits / 32) uint32; scales, biases (..., N, K / group_size).
+struct QuantizedArray {
+  mx::array w;
+  mx::array scales;
+  mx::array biases;
+  Format format;
+};
+
+// x (..., K) -> (..., N), as mx.quantized_matmul(transpose=True), plus bias (N,).
+mx::array quantized_matmul(
+    const mx::array& x, const QuantizedArray& weight, const std::optional<mx::array>& bias);
+
+// act(x @ gate.T + gate_bias) * (x @ up.T + up_bias); activation is silu, gelu or gelu_tanh.
+mx::array quantized_glu(
+    const mx::array& x,
+    const QuantizedArray& gate,
+    const QuantizedArray& up,
+    const std::optional<mx::array>& gate_bias,
+    const std::optional<mx::array>& up_bias,
+    const std::string& activation);
+
+// As mx.gather_qmm(rhs_indices=indices, transpose=True).
+mx::array gather_quantized_matmul(
+    const mx::array& x, const QuantizedArray& weight, const mx::array& indices);
+
+// x (T, K), indices (T, k) -> (T, k, N).
+mx::array gather_quantized_glu(
+    const mx::array& x,
+    const mx::array& indices,
+    const QuantizedArray& gate,
+    const QuantizedArray& up,
+    const std::string& activation);
+
+// h (T, k, K), indices (T, k), weights (T, k) -> (T, N).
+mx::array gather_quantized_combine(
+    const mx::array& h,
+    const mx::array& indices,
+    const mx::array& weights,
+    const QuantizedArray& weight);
+
+} // namespace zmlx

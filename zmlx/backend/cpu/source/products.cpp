@@ -1,0 +1,368 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "floats.h"
+#include "pool.h"
+
+namespace zmlx {
+namespace {
+
+const Kernels* chosen_kernels = nullptr;
+
+// Memory that a thread keeps between operations; it only grows.
+class Buffer {
+ public:
+  void* reserve(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
+  size_t size_ = 0;
+};
+
+// What one operation needs beside its operands. Each stream of MLX has its own thread.
+struct Workspace {
+  Buffer packed, sums;
+  std::vector<Buffer> scratch, results, extra;
+
+  Workspace& for_threads() {
+    const size_t threads = size_t(num_threads());
+    if (scratch.size() < threads) {
+      scratch.resize(threads);
+      results.resize(threads);
+      extra.resize(threads);
+    }
+    return *this;
+  }
+};
+
+Workspace& workspace() {
+  thread_local Workspace own;
+  return own.for_threads();
+}
+
+float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::silu:
+      return x / (1.0f + std::exp(-x));
+    case Activation::gelu:
+      return x * (1.0f + std::erf(x * 0.70710678118654752f)) * 0.5f;
+    default:
+      return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+  }
+}
+
+// Products of consecutive positions in `order` that share an expert.
+struct Segment {
+  int64_t expert;
+  int64_t first;
+  int64_t count;
+};
+
+struct Plan {
+  std::vector<int64_t> order; // positions, grouped by expert
+  std::vector<Segment> segments;
+  int64_t largest = 0;
+};
+
+Plan plan_of(const Routing& routing, int64_t experts) {
+  const auto expert_of = [&](int64_t p) {
+    return std::min<int64_t>(routing.indices[p], experts - 1);
+  };
+  Plan plan;
+  plan.order.resize(routing.count);
+  std::iota(plan.order.begin(), plan.order.end(), 0);
+  std::stable_sort(plan.order.begin(), plan.order.end(), [&](int64_t a, int64_t b) {
+    return expert_of(a) < expert_of(b);
+  });
+  for (int64_t at = 0; at < routing.count; ++at) {
+    const int64_t expert = expert_of(plan.order[at]);
+    if (plan.segments.empty() || plan.segments.back().expert != expert) {
+      plan.segments.push_back({expert, at, 0});
+    }
+    plan.largest = std::max(plan.largest, ++plan.segments.back().count);
+  }
+  return plan;
+}
+
+// One batch of all rows.
+Batch pack_all(const Weight& like, const Rows& x, Workspace& space) {
+  Batch batch{x.count, x.width, nullptr, nullptr};
+  batch.data = space.packed.reserve(kernels().row_size(like, x.type) * x.count);
+  batch.sums = static_cast<float*>(
+      space.sums.reserve(sizeof(float) * size_t(like.groups()) * x.count));
+  const int64_t per_task = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, x.width));
+  parallel((x.count + per_task - 1) / per_task, [&](int64_t task, int) {
+    const int64_t end = std::min(x.count, (task + 1) * per_task);
+    for (int64_t row = task * per_task; row < end; ++row) {
+      kernels().pack(like, x.row(row), x.type, batch, row);
+    }
+  });
+  return batch;
+}
+
+// One batch for each segment. Where every expert has a single row, rows are packed once and shared.
+std::vector<Batch> pack_segments(
+    const Weight& like, const Routing& routing, const Plan& plan, const Rows& x, Workspace& space) {
+  const bool shared = plan.largest == 1;
+  const int64_t rows = shared ? x.count : routing.count;
+  const size_t row_bytes = kernels().row_size(like, x.type);
+  char* data = static_cast<char*>(space.packed.reserve(row_bytes * rows));
+  float* sums =
+      static_cast<float*>(space.sums.reserve(sizeof(float) * size_t(like.groups()) * rows));
+  const auto batch_at = [&](int64_t row, int64_t count) {
+    return Batch{count, x.width, sums + row * like.groups(), data + row * row_bytes};
+  };
+  std::vector<Batch> batches;
+  for (const Segment& segment : plan.segments) {
+    const int64_t first = shared ? plan.order[segment.first] / routing.per_row : segment.first;
+    batches.push_back(batch_at(first, segment.count));
+  }
+  if (shared) {
+    parallel(rows, [&](int64_t row, int) {
+      Batch alone = batch_at(row, 1);
+      kernels().pack(like, x.row(row), x.type, alone, 0);
+    });
+    return batches;
+  }
+  parallel(int64_t(plan.segments.size()), [&](int64_t s, int) {
+    const Segment& segment = plan.segments[s];
+    for (int64_t i = 0; i < segment.count; ++i) {
+      const int64_t position = plan.order[segment.first + i];
+      kernels().pack(like, x.row(position / routing.per_row), x.type, batches[s], i);
+    }
+  });
+  return batches;
+}
+
+// Width of the slices of a weight's rows that threads take: enough of them that all finish
+// together, and each a whole number of panels.
+int64_t slice_width(int64_t rows, int64_t products) {
+  const int64_t wanted = rows * products / (8 * int64_t(num_threads()));
+  return std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, 256);
+}
+
+int64_t slices(int64_t rows, int64_t width) {
+  return (rows + width - 1) / width;
+}
+
+void multiply(
+    const Weight& weight,
+    const Batch& batch,
+    Float type,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride,
+    Buffer& scratch) {
+  void* memory = scratch.reserve(kernels().scratch_size(weight, type, batch.count));
+  kernels().multiply(weight, batch, type, first, last, out, stride, memory);
+}
+
+float* floats(Buffer& buffer, int64_t count) {
+  return static_cast<float*>(buffer.reserve(sizeof(float) * size_t(count)));
+}
+
+void add_bias(Bias bias, int64_t first, int64_t width, int64_t rows, float* values) {
+  if (bias.data == nullptr) {
+    return;
+  }
+  for (int64_t n = 0; n < width; ++n) {
+    const float term = load_float(bias.data, bias.type, first + n);
+    for (int64_t m = 0; m < rows; ++m) {
+      values[m * width + n] += term;
+    }
+  }
+}
+
+void store_row(const float* values, int64_t first, int64_t width, const Rows& out, int64_t row) {
+  void* to = out.row(row);
+  for (int64_t n = 0; n < width; ++n) {
+    store_float(to, out.type, first + n, values[n]);
+  }
+}
+
+bool same_packing(const Weight& a, const Weight& b) {
+  return a.bits == b.bits && a.group == b.group && a.inputs == b.inputs;
+}
+
+void gate(Activation activation, float* gates, const float* ups, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    gates[i] = activate(activation, gates[i]) * ups[i];
+  }
+}
+
+} // namespace
+
+Weight Experts::expert(int64_t index) const {
+  Weight one = weight;
+  const size_t scale_bytes = size_t(weight.rows) * weight.groups() * size_of(weight.type);
+  one.q += size_t(index) * weight.rows * weight.row_bytes();
+  one.scales = static_cast<const char*>(weight.scales) + size_t(index) * scale_bytes;
+  one.biases = static_cast<const char*>(weight.biases) + size_t(index) * scale_bytes;
+  return one;
+}
+
+const Kernels& kernels() {
+  return *chosen_kernels;
+}
+
+void set_kernels(const Kernels* chosen) {
+  chosen_kernels = chosen;
+}
+
+void product(const Weight& weight, Bias bias, const Rows& x, const Rows& out) {
+  Workspace& space = workspace();
+  const Batch batch = pack_all(weight, x, space);
+  const int64_t width = slice_width(weight.rows, 1);
+  parallel(slices(weight.rows, width), [&](int64_t slice, int worker) {
+    const int64_t first = slice * width, last = std::min(weight.rows, first + width);
+    const int64_t columns = last - first;
+    float* result = floats(space.results[worker], x.count * columns);
+    multiply(weight, batch, x.type, first, last, result, columns, space.scratch[worker]);
+    add_bias(bias, first, columns, x.count, result);
+    for (int64_t row = 0; row < x.count; ++row) {
+      store_row(result + row * columns, first, columns, out, row);
+    }
+  });
+}
+
+void gated_product(
+    const Weight& gate_weight,
+    Bias gate_bias,
+    const Weight& up_weight,
+    Bias up_bias,
+    Activation activation,
+    const Rows& x,
+    const Rows& out) {
+  Workspace& space = workspace();
+  const Batch gate_batch = pack_all(gate_weight, x, space);
+  thread_local Workspace second;
+  const Batch up_batch =
+      same_packing(gate_weight, up_weight) ? gate_batch : pack_all(up_weight, x, second);
+  const int64_t width = slice_width(gate_weight.rows, 1);
+  parallel(slices(gate_weight.rows, width), [&](int64_t slice, int worker) {
+    const int64_t first = slice * width, last = std::min(gate_weight.rows, first + width);
+    const int64_t columns = last - first;
+    float* gates = floats(space.results[worker], x.count * columns);
+    float* ups = floats(space.extra[worker], x.count * columns);
+    Buffer& scratch = space.scratch[worker];
+    multiply(gate_weight, gate_batch, x.type, first, last, gates, columns, scratch);
+    multiply(up_weight, up_batch, x.type, first, last, ups, columns, scratch);
+    add_bias(gate_bias, first, columns, x.count, gates);
+    add_bias(up_bias, first, columns, x.count, ups);
+    gate(activation, gates, ups, x.count * columns);
+    for (int64_t row = 0; row < x.count; ++row) {
+      store_row(gates + row * columns, first, columns, out, row);
+    }
+  });
+}
+
+void gather_product(
+    const Experts& experts, const Routing& routing, const Rows& x, const Rows& out) {
+  Workspace& space = workspace();
+  const Plan plan = plan_of(routing, experts.count);
+  const std::vector<Batch> batches = pack_segments(experts.weight, routing, plan, x, space);
+  const int64_t rows = experts.weight.rows;
+  const int64_t width = slice_width(rows, int64_t(plan.segments.size()));
+  const int64_t per_segment = slices(rows, width);
+  parallel(per_segment * int64_t(plan.segments.size()), [&](int64_t task, int worker) {
+    const Segment& segment = plan.segments[task / per_segment];
+    const Batch& batch = batches[task / per_segment];
+    const Weight weight = experts.expert(segment.expert);
+    const int64_t first = task % per_segment * width, last = std::min(rows, first + width);
+    const int64_t columns = last - first;
+    float* result = floats(space.results[worker], segment.count * columns);
+    multiply(weight, batch, x.type, first, last, result, columns, space.scratch[worker]);
+    for (int64_t i = 0; i < segment.count; ++i) {
+      store_row(result + i * columns, first, columns, out, plan.order[segment.first + i]);
+    }
+  });
+}
+
+void gather_gated_product(
+    const Experts& gates,
+    const Experts& ups,
+    Activation activation,
+    const Routing& routing,
+    const Rows& x,
+    const Rows& out) {
+  Workspace& space = workspace();
+  const Plan plan = plan_of(routing, gates.count);
+  const std::vector<Batch> gate_batches = pack_segments(gates.weight, routing, plan, x, space);
+  thread_local Workspace second;
+  const std::vector<Batch> up_batches = same_packing(gates.weight, ups.weight)
+      ? gate_batches
+      : pack_segments(ups.weight, routing, plan, x, second);
+  const int64_t rows = gates.weight.rows;
+  const int64_t width = slice_width(rows, int64_t(plan.segments.size()));
+  const int64_t per_segment = slices(rows, width);
+  parallel(per_segment * int64_t(plan.segments.size()), [&](int64_t task, int worker) {
+    const int64_t s = task / per_segment;
+    const Segment& segment = plan.segments[s];
+    const Weight gate_weight = gates.expert(segment.expert);
+    const Weight up_weight = ups.expert(segment.expert);
+    const int64_t first = task % per_segment * width, last = std::min(rows, first + width);
+    const int64_t columns = last - first;
+    float* gate_result = floats(space.results[worker], segment.count * columns);
+    float* up_result = floats(space.extra[worker], segment.count * columns);
+    Buffer& scratch = space.scratch[worker];
+    multiply(gate_weight, gate_batches[s], x.type, first, last, gate_result, columns, scratch);
+    multiply(up_weight, up_batches[s], x.type, first, last, up_result, columns, scratch);
+    gate(activation, gate_result, up_result, segment.count * columns);
+    for (int64_t i = 0; i < segment.count; ++i) {
+      store_row(gate_result + i * columns, first, columns, out, plan.order[segment.first + i]);
+    }
+  });
+}
+
+void gather_combine(
+    const Experts& experts,
+    const Routing& routing,
+    const Rows& weights,
+    int64_t top_k,
+    const Rows& x,
+    const Rows& out) {
+  Workspace& space = workspace();
+  const Plan plan = plan_of(routing, experts.count);
+  const std::vector<Batch> batches = pack_segments(experts.weight, routing, plan, x, space);
+  const int64_t rows = experts.weight.rows;
+  const int64_t width = slice_width(rows, 1);
+  // A slice adds up all experts of all tokens, in the experts' order: no two threads share a sum.
+  parallel(slices(rows, width), [&](int64_t slice, int worker) {
+    const int64_t first = slice * width, last = std::min(rows, first + width);
+    const int64_t columns = last - first;
+    float* total = floats(space.extra[worker], out.count * columns);
+    std::fill_n(total, out.count * columns, 0.0f);
+    for (size_t s = 0; s < plan.segments.size(); ++s) {
+      const Segment& segment = plan.segments[s];
+      const Weight weight = experts.expert(segment.expert);
+      float* result = floats(space.results[worker], segment.count * columns);
+      multiply(weight, batches[s], x.type, first, last, result, columns, space.scratch[worker]);
+      for (int64_t i = 0; i < segment.count; ++i) {
+        const int64_t position = plan.order[segment.first + i];
+        const float share = load_float(weights.data, weights.type, position);
+        float* sum = total + position / top_k * columns;
+        for (int64_t n = 0; n < columns; ++n) {
+          sum[n] += share * result[i * columns + n];
+        }
+      }
+    }
+    for (int64_t row = 0; row < out.count; ++row) {
+      store_row(total + row * columns, first, columns, out, row);
+    }
+  });
+}
+
+} // namespace zmlx
