@@ -14,6 +14,17 @@ TABLE: "dict[str, tuple[str, str, str]]" = {
     "ZMLX_LOG": ("off, line or debug", "line", "what goes to stderr when a model is loaded"),
     "ZMLX_CACHE_DIR": ("a folder", "~/.cache/zmlx", "compiled kernels and tuning results"),
     "ZMLX_NUM_THREADS": ("a number", "physical cores", "threads of the native CPU kernels"),
+    "ZMLX_QWEN_FUSED_SWIGLU": ("0 or 1", "", "alias of option moe_mlp.fused_swiglu, family qwen"),
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS": (
+        "0 or 1",
+        "",
+        "alias of option moe_mlp.router_argpartition_logits, family qwen",
+    ),
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK": (
+        "0 or 1",
+        "",
+        "alias of option moe_mlp.router_argpartition_logits_topk, family qwen",
+    ),
     "ZMLX_CXX": ("a compiler", "c++, g++ or clang++", "compiler of the native CPU kernels"),
 }
 
