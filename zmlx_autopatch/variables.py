@@ -26,6 +26,17 @@ TABLE: "dict[str, tuple[str, str, str]]" = {
         "alias of option moe_mlp.router_argpartition_logits_topk, family qwen",
     ),
     "ZMLX_CXX": ("a compiler", "c++, g++ or clang++", "compiler of the native CPU kernels"),
+    "ZMLX_QWEN_FUSED_SWIGLU": ("0 or 1", "", "Qwen: option fused_swiglu of moe_mlp"),
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS": (
+        "0 or 1",
+        "",
+        "Qwen: option router_argpartition_logits of moe_mlp",
+    ),
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK": (
+        "0 or 1",
+        "",
+        "Qwen: option router_argpartition_logits_topk of moe_mlp",
+    ),
 }
 
 
@@ -76,3 +87,14 @@ def count(name: str) -> "int | None":
     if not value.isdigit() or int(value) == 0:
         raise VariableError(f"{name}={value!r}: expected a positive whole number")
     return int(value)
+
+
+def config_folder() -> str:
+    """Return the folder of the user's own configuration, which need not exist.
+
+    It is `zmlx` in XDG_CONFIG_HOME, or in `~/.config` where that is unset or not absolute.
+    """
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(base, "zmlx")
