@@ -1,0 +1,151 @@
+"""Tiny random models, and the same models in a higher precision.
+
+model = build("qwen3_moe", dtype=mx.bfloat16, quantize={"bits": 4, "group_size": 32}, seed=0)
+truth = reference(model, mx.float32)
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import math
+import sys
+from contextlib import redirect_stdout
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from zoo.configs import Config, config_of
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.utils import quantize_model
+
+#: Spread of the noise on parameters that are born constant: norms, biases, correction biases.
+NOISE = 0.2
+
+#: `hf_olmo` is only probed for by mlx-lm's olmo, which exits the process without it.
+_PROBED = {"olmo": "hf_olmo"}
+
+
+def module_of(name: str) -> ModuleType:
+    """Import the module of a model type."""
+    probed = _PROBED.get(name)
+    if probed and probed not in sys.modules:
+        sys.modules[probed] = ModuleType(probed)
+    return importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def build(
+    name: str,
+    *,
+    dtype: mx.Dtype = mx.float32,
+    quantize: dict[str, int] | None = None,
+    seed: int = 0,
+    config: Config | None = None,
+) -> nn.Module:
+    """Return an evaluated random model of a type.
+
+    Args:
+        name: the type's module in `mlx_lm.models`.
+        dtype: of the parameters that mlx-lm would convert.
+        quantize: None, or `bits` and `group_size` for mlx-lm's affine quantization.
+        seed: of every random number; equal arguments give equal models.
+        config: used instead of the one in `configs`.
+    """
+    module = module_of(name)
+    mx.random.seed(seed)
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config or config_of(name)))
+    model.update(tree_map(_perturbed, model.parameters()))
+    may_cast = getattr(model, "cast_predicate", lambda _: True)
+    model.update(
+        tree_unflatten(
+            [
+                (path, p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p)
+                for path, p in tree_flatten(model.parameters())
+                if may_cast(path)
+            ]
+        )
+    )
+    if quantize:
+        with redirect_stdout(io.StringIO()):  # it prints what it did
+            model, _ = quantize_model(model, {}, quantize["group_size"], quantize["bits"])
+    _fill_packed(model)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def reference(model: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """Return a twin whose weights are dequantized and whose parameters all have `dtype`.
+
+    The weights are those that the quantized model stands for, scale * q + bias, computed in float32
+    or, for a float64 twin, in float64.
+    """
+    twin = copy.deepcopy(model)
+    dense = [(path, _dense(m, dtype)) for path, m in twin.named_modules() if _is_quantized(m)]
+    if dense:
+        twin.update_modules(tree_unflatten(dense))
+    twin.set_dtype(dtype)
+    mx.eval(twin.parameters())
+    return twin
+
+
+def _perturbed(p: mx.array) -> mx.array:
+    """Return random values in place of constant ones, which would hide errors."""
+    if not mx.issubdtype(p.dtype, mx.floating) or p.size == 0 or (p.max() != p.min()).item():
+        return p
+    spread = NOISE if p.ndim == 1 else 1 / math.sqrt(p.shape[-1])
+    if p.ndim > 1 and (p != 0).any().item():
+        spread = NOISE
+    return p + spread * mx.random.normal(p.shape, dtype=p.dtype)
+
+
+def _fill_packed(model: nn.Module) -> None:
+    """Give layers that are born packed (zeros) random codes, scales and signs."""
+    for _, m in model.named_modules():
+        if not hasattr(m, "signs") and type(m).__name__ != "HadamardQuantizedLinear":
+            continue
+        width = m.scales.shape[-1] * m.group_size
+        m.weight = mx.random.randint(0, 2**31 - 1, m.weight.shape).astype(mx.uint32)
+        spread = mx.random.uniform(0.5, 1.5, m.scales.shape) / math.sqrt(width)
+        m.scales = spread.astype(mx.float16)
+        m.biases = (-1.5 * spread).astype(mx.float16)
+        if hasattr(m, "signs"):
+            m.signs = mx.where(mx.random.uniform(shape=m.signs.shape) < 0.5, -1.0, 1.0)
+
+
+_QUANTIZED: dict[type, type] = {
+    nn.QuantizedLinear: nn.Linear,
+    nn.QuantizedEmbedding: nn.Embedding,
+    QuantizedSwitchLinear: SwitchLinear,
+    QuantizedMultiLinear: MultiLinear,
+}
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, tuple(_QUANTIZED))
+
+
+def _dense(module: Any, dtype: mx.Dtype) -> nn.Module:
+    born = next(born for quantized, born in _QUANTIZED.items() if isinstance(module, quantized))
+    # Made without its constructor: only the parameters and the forward matter.
+    dense = born.__new__(born)
+    nn.Module.__init__(dense)
+    dense.weight = _weight(module).astype(dtype)
+    if "bias" in module:
+        dense.bias = module.bias.astype(dtype)
+    return dense
+
+
+def _weight(module: Any) -> mx.array:
+    return mx.dequantize(
+        module.weight,
+        module.scales.astype(mx.float32),
+        module.biases.astype(mx.float32),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
