@@ -26,17 +26,6 @@ TABLE: "dict[str, tuple[str, str, str]]" = {
         "alias of option moe_mlp.router_argpartition_logits_topk, family qwen",
     ),
     "ZMLX_CXX": ("a compiler", "c++, g++ or clang++", "compiler of the native CPU kernels"),
-    "ZMLX_QWEN_FUSED_SWIGLU": ("0 or 1", "", "Qwen: option fused_swiglu of moe_mlp"),
-    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS": (
-        "0 or 1",
-        "",
-        "Qwen: option router_argpartition_logits of moe_mlp",
-    ),
-    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK": (
-        "0 or 1",
-        "",
-        "Qwen: option router_argpartition_logits_topk of moe_mlp",
-    ),
 }
 
 
