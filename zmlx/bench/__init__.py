@@ -1,0 +1,1 @@
+"""Benchmarks: timed generation, and capsules, the files that hold what was measured."""
