@@ -11,10 +11,30 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
+from rich.text import Text
 
 from zmlx.family.detect import detect
-from zmlx.family.table import Family, title
+from zmlx.family.table import Family, ModelType, table
+
+#: Keys under which configurations count the routed experts, and those that a token uses.
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_k",
+)
+#: Activations that a fused gated MLP computes -> the pattern that has it.
+_GATED = {"swiglu": "swiglu_mlp", "geglu": "geglu_mlp", "geglu_tanh": "geglu_mlp"}
+
+
+class ModelPathError(click.ClickException):
+    """The path holds no configuration of a model."""
+
+    exit_code = 2
 
 
 @click.command()
@@ -27,66 +47,127 @@ def family(model_path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    table = Table(show_header=False, box=None)
+    grid = Grid(show_header=False, box=None)
     for key, value in facts.items():
-        for number, line in enumerate(value if isinstance(value, list) else [value]):
-            table.add_row("" if number else key, str(line))
-    Console(file=sys.stdout, soft_wrap=True).print(table)
+        for number, line in enumerate(_lines(value)):
+            grid.add_row("" if number else key.replace("_", " "), Text(line))
+    Console(file=sys.stdout, soft_wrap=True).print(grid)
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [f"{key}: {inner}" for key, inner in value.items()]
+    return [str(line) for line in value] if isinstance(value, list) else [str(value)]
 
 
 def read_config(model_path: Path) -> dict[str, Any]:
-    """Read the config.json of a model folder.
+    """Read the config.json of a model folder, or a configuration named itself.
 
     Raises:
-        click.UsageError: there is none, or it is not a JSON object.
+        ModelPathError: there is none, or it is not a JSON object.
     """
     file = model_path if model_path.suffix == ".json" else model_path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise click.UsageError(
+        raise ModelPathError(
             f"{file}: {error.strerror}; give the folder of a model, the one with config.json"
         ) from error
     except ValueError as error:
-        raise click.UsageError(f"{file} is not JSON: {error}") from error
+        raise ModelPathError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise click.UsageError(f"{file} is not a JSON object")
+        raise ModelPathError(f"{file}: not a JSON object")
     return config
 
 
 def explain(found: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of a recognised model, for people and for machines."""
+    known = table()
     facts: dict[str, Any] = {
+        "model_type": found.model_type or "(none)",
         "family": found.name,
-        "model type": found.model_type,
+        "called": known.titles.get(found.name, "a model that zmlx does not know"),
         "because": list(found.because),
     }
-    if found.facts is not None:
-        facts["called"] = title(found.name)
-        facts["router"] = found.facts.router or "none: a dense model"
-        facts["activation"] = found.facts.activation or "no gated MLP"
-        if found.facts.shared:
-            facts["shared experts"] = found.facts.shared
+    row = found.facts
+    if row is not None:
+        routed = row.router and _count(config, _EXPERTS) != 0
+        facts["kind"] = row.kind
+        facts["router"] = f"{row.router}: {known.routers[row.router]}" if routed else "none"
+        if routed:
+            facts["experts"] = _experts(row, config)
+            facts["shared_experts"] = row.shared or "none"
+        facts["mlp"] = f"{row.mlp}: {known.activations[row.mlp]}" if row.mlp else "none"
+        if row.note:
+            facts["note"] = row.note
     facts["quantization"] = quantization(config)
+    facts["patterns"] = needs(found, config)
     facts["refused"] = [
-        f"{pattern} on {', '.join(refusal.backends) or 'every backend'}: {refusal.reason}"
+        f"{pattern} on {', '.join(refusal.backends or ()) or 'every backend'}: {refusal.reason}"
         f" ({refusal.evidence})"
         for pattern, refusal in found.refusals.items()
-    ] or ["nothing by the table; `zmlx doctor MODEL_PATH` shows the plan"]
+    ]
     return facts
 
 
-def quantization(config: Mapping[str, Any]) -> str:
-    """Describe how a checkpoint's weights are quantized."""
+def needs(found: Family, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return pattern -> what of this model it would be about, in words."""
+    row = found.facts
+    if row is None:
+        return {"none": "nothing is replaced in a model of an unknown type, unless by name"}
+    settings = _quantization(config)
+    linear = "quantized layers, of which there are none"
+    if settings is not None:
+        linear = f"layers quantized as {quantization(config)}"
+    about = {"quantized_linear": linear}
+    if row.mlp in _GATED:
+        about[_GATED[row.mlp]] = f"dense MLPs that compute {table().activations[row.mlp]}"
+    if row.router and _count(config, _EXPERTS) != 0:
+        about["moe_mlp"] = f"the experts of {row.block}; the router stays as it is"
+    return about
+
+
+def _experts(row: ModelType, config: Mapping[str, Any]) -> str:
+    total, chosen = _count(config, _EXPERTS), _count(config, _TOP_K)
+    described = f"{row.experts}: {table().activations[row.experts]}; in {row.block}"
+    return described + (f"; {chosen or '?'} of {total} per token" if total else "")
+
+
+def _count(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    """Return the first of some numbers that the configuration has, None when it has none."""
+    nested = (config.get("text_config"), config.get("ffn_config"))
+    for place in (config, *nested):
+        for key in keys if isinstance(place, Mapping) else ():
+            value = place.get(key)
+            if isinstance(value, list) and value:
+                value = value[0]
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     settings = config.get("quantization") or config.get("quantization_config")
-    if not isinstance(settings, Mapping):
+    return settings if isinstance(settings, Mapping) else None
+
+
+def quantization(config: Mapping[str, Any]) -> str:
+    """Describe how a checkpoint's weights are quantized, single layers included."""
+    settings = _quantization(config)
+    if settings is None:
         return "none"
     if "bits" not in settings:
-        return f"by {settings.get('quant_method', 'an unknown method')}"
+        return f"by {settings.get('quant_method', 'an unknown method')}, converted at load"
+    described = _format(settings)
+    layers = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
+    other = Counter(_format({**settings, **layer}) for layer in layers.values())
+    plain = sum(value is False for value in settings.values())
+    parts = [f"{count} x {kind}" for kind, count in other.items()]
+    if plain:
+        parts.append(f"{plain} x not quantized")
+    return described + (f"; single layers: {'; '.join(parts)}" if parts else "")
+
+
+def _format(settings: Mapping[str, Any]) -> str:
     mode = settings.get("mode", "affine")
-    described = f"{mode}, {settings['bits']} bits, groups of {settings.get('group_size')}"
-    layers = [value for value in settings.values() if isinstance(value, Mapping)]
-    other = Counter(f"{row.get('bits')} bits" for row in layers)
-    if other:
-        described += "; single layers differ: " + ", ".join(f"{n} x {k}" for k, n in other.items())
-    return described
+    return f"{mode}, {settings['bits']} bits, groups of {settings.get('group_size', 64)}"
