@@ -2,8 +2,10 @@
 //
 // A weight row holds K unsigned values of `bits` bits, packed without gaps (value k starts at bit
 // k * bits), and a scale and a bias for each group:  w[n, k] = s[n, g] * q[n, k] + b[n, g].
-// Then  y[n] = sum_g s[n, g] * dot_g(q[n], x) + b[n, g] * sum_g(x):  the integers are exact in every
-// format used here, all sums are float32, and the bias costs one multiplication per group.
+// With c = 2^(bits - 1) and q' = q - c, which is of both signs and exact in every format used here,
+//   y[n] = sum_g s[n, g] * dot_g(q'[n], x) + (b[n, g] + c * s[n, g]) * sum_g(x).
+// All sums are float32; the bias costs one multiplication per group. Without the shift by c the two
+// terms would be several times larger than their sum, and so would be its rounding.
 //
 // kernels_*.cpp implement `Kernels` for one instruction set each; the library holds them all and
 // picks one when it is loaded.

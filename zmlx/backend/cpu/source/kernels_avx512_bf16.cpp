@@ -36,18 +36,18 @@ int parts_of(Float type) {
   return type == Float::bf16 ? 1 : type == Float::f16 ? 2 : 3;
 }
 
-// Table of the bfloat16 patterns of 0..2^Bits-1, repeated to fill 32 entries: the bits above a
-// field need no mask then.
+// Table of the bfloat16 patterns of the shifted values, repeated to fill 32 entries: the bits above
+// a field need no mask then.
 template <int Bits>
 __m512i table(int offset = 0) {
   alignas(64) uint16_t values[32];
   for (int i = 0; i < 32; ++i) {
-    values[i] = to_bf16(float((i + offset) & ((1 << Bits) - 1)));
+    values[i] = to_bf16(float(((i + offset) & ((1 << Bits) - 1)) - (1 << (Bits - 1))));
   }
   return _mm512_load_si512(values);
 }
 
-// 32 consecutive values of `Bits` bits as bfloat16, in order.
+// 32 consecutive shifted values of `Bits` bits as bfloat16, in order.
 template <int Bits>
 struct Unpack {
   __m512i bytes, shifts, low, high;
@@ -70,8 +70,10 @@ struct Unpack {
   __m512i operator()(const uint8_t* from) const {
     if constexpr (Bits == 8) {
       const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
-      const __m512 even = _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(0xffff)));
-      const __m512 odd = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 16));
+      const __m512i half = _mm512_set1_epi32(128);
+      const __m512 even = _mm512_cvtepi32_ps(
+          _mm512_sub_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0xffff)), half));
+      const __m512 odd = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(wide, 16), half));
       const __m512i top = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
       return _mm512_mask_blend_epi16(0xaaaaaaaa, top, _mm512_castps_si512(odd));
     }
@@ -102,6 +104,12 @@ inline __m512 load_16(const void* data, Float type, int64_t index, __mmask16 mas
               _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index)),
           16));
   }
+}
+
+// Biases of the shifted values.
+template <int Bits>
+inline __m512 shifted_biases(__m512 scales, __m512 biases) {
+  return _mm512_fmadd_ps(scales, _mm512_set1_ps(float(1 << (Bits - 1))), biases);
 }
 
 inline __mmask16 first_lanes(int64_t count) {
@@ -141,7 +149,8 @@ void rows_4bit(
     for (int64_t g = 0; g < groups; g += 16) {
       const __mmask16 live = first_lanes(groups - g);
       const __m512 scales = load_16(weight.scales, weight.type, n * groups + g, live);
-      const __m512 biases = load_16(weight.biases, weight.type, n * groups + g, live);
+      const __m512 biases =
+          shifted_biases<4>(scales, load_16(weight.biases, weight.type, n * groups + g, live));
       for (int m = 0; m < Count; ++m) {
         const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
         total[m] = _mm512_fmadd_ps(biases, sum, total[m]);
@@ -202,8 +211,10 @@ void rows_any(
     for (int64_t g = 0; g < groups; g += 16) {
       const __mmask16 live = first_lanes(groups - g);
       alignas(64) float scales[16];
-      _mm512_store_ps(scales, load_16(weight.scales, weight.type, n * groups + g, live));
-      const __m512 biases = load_16(weight.biases, weight.type, n * groups + g, live);
+      const __m512 all_scales = load_16(weight.scales, weight.type, n * groups + g, live);
+      _mm512_store_ps(scales, all_scales);
+      const __m512 biases = shifted_biases<Bits>(
+          all_scales, load_16(weight.biases, weight.type, n * groups + g, live));
       for (int m = 0; m < Count; ++m) {
         const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
         total[m] = _mm512_fmadd_ps(biases, sum, total[m]);
@@ -342,9 +353,10 @@ void fill_panel(const Weight& weight, int64_t first, int64_t count, Panel& panel
   for (int64_t i = 0; i < kPanelRows; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = (first + i) * groups + g;
-      const bool live = i < count;
-      panel.scales[g * kPanelRows + i] = live ? load_float(weight.scales, weight.type, at) : 0.0f;
-      panel.biases[g * kPanelRows + i] = live ? load_float(weight.biases, weight.type, at) : 0.0f;
+      const float scale = i < count ? load_float(weight.scales, weight.type, at) : 0.0f;
+      const float bias = i < count ? load_float(weight.biases, weight.type, at) : 0.0f;
+      panel.scales[g * kPanelRows + i] = scale;
+      panel.biases[g * kPanelRows + i] = bias + float(1 << (Bits - 1)) * scale;
     }
   }
 }

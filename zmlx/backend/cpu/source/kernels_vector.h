@@ -26,7 +26,7 @@ inline float sum_lanes(Lanes v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Eight values of `Bits` bits as float32. `whole` allows reading eight bytes at `from`.
+// Eight shifted values of `Bits` bits as float32. `whole` allows reading eight bytes at `from`.
 template <int Bits>
 inline Lanes unpack(const uint8_t* from, bool whole) {
   uint64_t packed = 0;
@@ -42,7 +42,7 @@ inline Lanes unpack(const uint8_t* from, bool whole) {
   const Words shift = {0, Bits, 2 * Bits, 3 * Bits, 0, Bits, 2 * Bits, 3 * Bits};
   words = (words >> shift) & mask;
   typedef int32_t Signed __attribute__((vector_size(32)));
-  return __builtin_convertvector(Signed(words), Lanes);
+  return __builtin_convertvector(Signed(words) - (1 << (Bits - 1)), Lanes);
 }
 
 template <int Bits, int Count>
@@ -63,7 +63,8 @@ void multiply_rows(
     Lanes total[Count] = {};
     for (int64_t g = 0; g < groups; ++g) {
       const float scale = load_float(weight.scales, weight.type, n * groups + g);
-      const float bias = load_float(weight.biases, weight.type, n * groups + g);
+      const float bias = load_float(weight.biases, weight.type, n * groups + g) +
+          float(1 << (Bits - 1)) * scale;
       const bool whole = g + 1 < groups || n + 1 < weight.rows;
       Lanes dot[Count] = {};
       for (int k = 0; k < weight.group; k += 8) {

@@ -1,5 +1,6 @@
 #include "primitives.h"
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -158,8 +159,20 @@ class Fused : public mx::Primitive {
     return mx::vjp(function_of(primals, argnums), chosen, cotangents).second;
   }
 
+  // The same operation on activations with one more axis in front, where that is all there is to it.
+  virtual std::optional<mx::array> over_rows(const Arrays&) const {
+    return std::nullopt;
+  }
+
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes)
       override {
+    if (std::all_of(axes.begin() + 1, axes.end(), [](int axis) { return axis < 0; })) {
+      Arrays moved = inputs;
+      moved[0] = mx::moveaxis(inputs[0], axes[0], 0);
+      if (const auto out = over_rows(moved)) {
+        return {{*out}, {0}};
+      }
+    }
     auto mapped = mx::vmap([this](const Arrays& all) { return stock(all); }, axes);
     return {mapped(inputs), {0}};
   }
@@ -241,6 +254,11 @@ class QuantizedMatmul : public Fused {
   Arrays stock(const Arrays& in) const override {
     const mx::array y = stock_matmul(in[0], in, 1, format_);
     return {in.size() > 4 ? y + in[4] : y};
+  }
+
+  std::optional<mx::array> over_rows(const Arrays& in) const override {
+    const auto bias = in.size() > 4 ? std::optional<mx::array>(in[4]) : std::nullopt;
+    return quantized_matmul(in[0], {in[1], in[2], in[3], format_}, bias);
   }
 
   std::function<void()> task(const Arrays& in, mx::array& out) override {

@@ -1,0 +1,44 @@
+"""Quantized products in float64: the truth that both stock and ours are measured against."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+def wide(array: mx.array) -> np.ndarray:
+    """Return an array's very values as float64."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def weights(w, scales, biases, *, group_size: int, bits: int) -> np.ndarray:
+    """Return s * q + b without any rounding to less than float64."""
+    ones = mx.ones(scales.shape, mx.float32)
+    q = wide(mx.dequantize(w, ones, ones * 0, group_size=group_size, bits=bits))
+    repeat = [np.repeat(wide(part), group_size, axis=-1) for part in (scales, biases)]
+    return q * repeat[0] + repeat[1]
+
+
+def error(value: mx.array, truth: np.ndarray) -> float:
+    """Return the root mean square error, relative to the root mean square of the truth."""
+    difference = wide(value) - truth
+    return float(np.sqrt(np.mean(difference**2)) / np.sqrt(np.mean(truth**2)))
+
+
+def quantized(shape, *, group_size: int, bits: int, dtype=mx.float32, seed: int = 0):
+    """Return a random quantized weight: w, scales, biases."""
+    dense = mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+    return mx.quantize(dense, group_size=group_size, bits=bits)
+
+
+def normal(*shape, dtype=mx.float32, seed: int = 9) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def rounding(dtype: mx.Dtype) -> float:
+    """Return the relative error that storing a result in a dtype may cost."""
+    return {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]

@@ -1,0 +1,311 @@
+"""Compile the native CPU kernels against the installed mlx, and check what came out.
+
+The library is a Python extension whose operations are MLX primitives. It is compiled against the
+headers of the very mlx that is installed, with a nanobind of mlx's own binary interface: values of
+the type `mlx.core.array` pass between two extensions only when both carry the same tag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from zmlx.backend.cpu.threads import usable_cpus
+from zmlx_autopatch import variables
+
+MODULE = "_zmlx_cpu"
+SOURCE = Path(__file__).parent / "source"
+#: Beside a library: what it was built with, and its hash.
+MANIFEST = "library.json"
+#: Longest time for one step, in seconds; a compiler or a self-test that hangs is given up.
+TIME_LIMIT = 600
+
+_COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-w"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+#: translation unit -> flags of its own, the slowest to compile first
+_X86_UNITS: dict[str, list[str]] = {
+    "kernels_avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512bf16"],
+    "kernels_avx512.cpp": _AVX512,
+    "kernels_avx2.cpp": _AVX2,
+}
+_UNITS: dict[str, list[str]] = {
+    "primitives.cpp": [],
+    "binding.cpp": [],
+    "kernels_portable.cpp": [],
+    "products.cpp": [],
+    "pool.cpp": [],
+    "dispatch.cpp": [],
+}
+_ABI_TAG = re.compile(rb"nanobind_[a-z]+_[a-z0-9_]*_v[0-9]+")
+
+
+class NativeUnavailable(RuntimeError):
+    """The native library cannot be had here; the text says why and what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"native CPU kernels: {reason}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a library depends on, and the hash of its file.
+
+    Attributes:
+        mlx: version of mlx whose headers it was compiled against.
+        interface: tag of nanobind's binary interface.
+        compiler: first line of what the compiler says of itself.
+        sha256: hash of the library's bytes.
+    """
+
+    mlx: str
+    interface: str
+    compiler: str
+    sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Return the manifest in a folder, or None when there is none that can be read."""
+        try:
+            return cls(**json.loads((folder / MANIFEST).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def find_compiler() -> str:
+    """Return the command of the C++ compiler: ZMLX_CXX, or the first of c++, g++ and clang++.
+
+    Raises:
+        NativeUnavailable: there is none.
+    """
+    asked = variables.text("ZMLX_CXX")
+    if asked:
+        first, *rest = shlex.split(asked)
+        path = shutil.which(first)
+        if path is None:
+            raise NativeUnavailable(f"ZMLX_CXX={asked}: no program {first} on PATH")
+        return shlex.join([path, *rest])
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path is not None:
+            return shlex.quote(path)
+    raise NativeUnavailable("no C++ compiler found; install g++ or clang++ (C++20)")
+
+
+def compiler_version(compiler: str) -> str:
+    """Return the first line that the compiler prints for --version.
+
+    Raises:
+        NativeUnavailable: it does not run.
+    """
+    try:
+        done = subprocess.run(
+            [*shlex.split(compiler), "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=TIME_LIMIT,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{compiler} does not run: {error}") from error
+    return (done.stdout or done.stderr).partition("\n")[0].strip()
+
+
+def fingerprint() -> str:
+    """Return a hash of all that a library depends on, but for the compiler.
+
+    Raises:
+        NativeUnavailable: this platform has no native library.
+    """
+    if sys.platform != "linux":
+        raise NativeUnavailable("only for Linux; here MLX uses the GPU")
+    digest = hashlib.sha256()
+    for part in (
+        mlx_version(),
+        str((_mlx_folder() / "lib" / "libmlx.so").stat().st_size),
+        _version_of("nanobind"),
+        platform.machine(),
+        file_name(),
+        repr((_COMMON, _units())),
+    ):
+        digest.update(part.encode() + b"\0")
+    for file in sorted(SOURCE.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(folder: Path, compiler: str) -> Path:
+    """Compile and check a library in a folder; return its file.
+
+    Args:
+        folder: an existing folder; it also gets the objects, for a while, and the manifest.
+        compiler: command of the compiler.
+
+    Raises:
+        NativeUnavailable: a step failed; the reason holds the first error and where the log is.
+    """
+    library = folder / file_name()
+    include = _includes()
+    jobs = [(SOURCE / name, flags) for name, flags in _units().items()]
+    jobs.insert(0, (_nanobind_folder() / "src" / "nb_combined.cpp", ["-fno-strict-aliasing"]))
+    command = shlex.split(compiler)
+
+    def compile_unit(job: tuple[Path, list[str]]) -> str:
+        source, flags = job
+        target = str(folder / f"{source.stem}.o")
+        arguments = [*_COMMON, *flags, *include, "-c", str(source), "-o", target]
+        _run([*command, *arguments], f"compiling {source.name}")
+        return target
+
+    executor = ThreadPoolExecutor(len(usable_cpus()))
+    try:
+        objects = list(executor.map(compile_unit, jobs))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    mlx = _mlx_folder() / "lib"
+    # No run path: mlx.core has loaded libmlx before us, wherever it lies.
+    link = ["-shared", "-pthread", *objects, f"-L{mlx}", "-lmlx", "-s", "-o", str(library)]
+    _run([*command, *link], "linking")
+    for unit in objects:
+        Path(unit).unlink()
+    check(library)
+    manifest = Manifest(
+        mlx_version(), abi_tag(library), compiler_version(compiler), _hash_of(library)
+    )
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    return library
+
+
+def check(library: Path) -> None:
+    """Compare binary interfaces, then try the library in a process of its own.
+
+    Raises:
+        NativeUnavailable: it does not fit the installed mlx, or it does not compute what it should.
+    """
+    ours, theirs = abi_tag(library), abi_tag(mlx_extension())
+    if ours != theirs or not ours:
+        raise NativeUnavailable(
+            f"nanobind {_version_of('nanobind')} has the binary interface {ours or 'unknown'}, "
+            f"the installed mlx {theirs or 'unknown'}; install the nanobind mlx was built with"
+        )
+    root = str(Path(__file__).parents[3])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    _run(
+        [sys.executable, "-m", "zmlx.backend.cpu.selftest", str(library)],
+        "the self-test",
+        {**os.environ, "PYTHONPATH": path, "ZMLX_AUTOPATCH": "0"},
+    )
+
+
+def fits(library: Path) -> bool:
+    """Return whether a library is whole, and was built for the installed mlx."""
+    manifest = Manifest.read(library.parent)
+    return (
+        manifest is not None
+        and library.is_file()
+        and manifest.mlx == mlx_version()
+        and manifest.sha256 == _hash_of(library)
+    )
+
+
+def abi_tag(library: Path) -> str:
+    """Return the tag of nanobind's binary interface that a library carries; empty if none."""
+    match = _ABI_TAG.search(library.read_bytes())
+    return match.group().decode() if match else ""
+
+
+def file_name() -> str:
+    """Return the library's file name, which holds the version of Python and the platform."""
+    return f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def mlx_extension() -> Path:
+    """Return the file of the extension `mlx.core`."""
+    return Path(str(mx.__file__))
+
+
+def mlx_version() -> str:
+    """Return the version of the mlx that is loaded."""
+    return str(mx.__version__)
+
+
+def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            check=False,
+            timeout=TIME_LIMIT,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NativeUnavailable(f"{what} took more than {TIME_LIMIT} s") from error
+    except OSError as error:
+        raise NativeUnavailable(f"{what} failed: {error}") from error
+    if done.returncode == 0:
+        return
+    text = done.stderr + done.stdout
+    handle, log = tempfile.mkstemp(prefix="zmlx-native-", suffix=".log", text=True)
+    with os.fdopen(handle, "w") as file:
+        file.write(f"{shlex.join(command)}\nexit code {done.returncode}\n{text}")
+    errors = [line for line in text.splitlines() if "error" in line.lower()]
+    last = text.strip().splitlines()[-1:]
+    reason = (errors or last or [f"exit code {done.returncode}"])[0].strip()
+    raise NativeUnavailable(f"{what} failed: {reason} (log: {log})")
+
+
+def _units() -> dict[str, list[str]]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return {**(_X86_UNITS if x86 else {}), **_UNITS}
+
+
+def _hash_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _mlx_folder() -> Path:
+    return mlx_extension().parent
+
+
+def _nanobind_folder() -> Path:
+    spec = importlib.util.find_spec("nanobind")
+    if spec is None or spec.origin is None:
+        raise NativeUnavailable("nanobind is not installed; pip install 'nanobind>=3.0.1,<3.1'")
+    return Path(spec.origin).parent
+
+
+def _includes() -> list[str]:
+    nanobind = _nanobind_folder()
+    folders = [
+        _mlx_folder() / "include",
+        nanobind / "include",
+        nanobind / "ext" / "robin_map" / "include",
+        Path(sysconfig.get_path("include")),
+    ]
+    return [f"-I{folder}" for folder in folders]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
