@@ -135,9 +135,9 @@ def _experts(row: ModelType, config: Mapping[str, Any]) -> str:
 
 def _count(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     """Return the first of some numbers that the configuration has, None when it has none."""
-    nested = (config.get("text_config"), config.get("ffn_config"))
-    for place in (config, *nested):
-        for key in keys if isinstance(place, Mapping) else ():
+    places = [config, config.get("text_config"), config.get("ffn_config")]
+    for place in [place for place in places if isinstance(place, Mapping)]:
+        for key in keys:
             value = place.get(key)
             if isinstance(value, list) and value:
                 value = value[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zmlx.patch.names import PATTERN_NAMES
-from zmlx.profile.source import Source, read
+from zmlx.toml import Source, read
 
 KINDS = ("dense", "moe", "ssm", "hybrid", "hybrid_moe")
 BACKENDS = ("cpu", "metal", "cuda")
@@ -145,7 +145,7 @@ def parse(source: Source) -> Table:
     """Check a parsed families.toml and return it as data.
 
     Raises:
-        zmlx.profile.ProfileError: naming file, line and key, and what is allowed.
+        zmlx.toml.TomlError: naming file, line and key, and what is allowed.
     """
     data = source.data
     families = data.get("families", {})

@@ -8,10 +8,20 @@ import sys
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from zmlx.profile.resolve import available_profiles, resolve_policy
 from zmlx.profile.schema import Policy, ProfileError
 from zmlx_autopatch.variables import VariableError
+
+#: Parts of the data that the table does not show as one row.
+_NESTED = ("sources", "options", "family", "notes")
+
+
+class PolicyError(click.ClickException):
+    """There is no such profile, or a file or variable that has a say in it is wrong."""
+
+    exit_code = 2
 
 
 @click.group()
@@ -24,31 +34,43 @@ def profile() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(name: str | None, as_json: bool) -> None:
     """Print the policy of a profile, by default the one in force here."""
-    try:
-        policy = resolve_policy(name)
-    except (ProfileError, VariableError) as error:
-        raise click.UsageError(str(error)) from error
+    policy = _policy(name)
     if as_json:
         click.echo(json.dumps(_data(policy), indent=2))
         return
     table = Table("key", "value", "from")
-    for key, value in _data(policy).items():
-        if key not in ("sources", "options", "family"):
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            table.add_row(key, shown, policy.sources.get("profile" if key == "name" else key, ""))
-    for key, value in _nested(policy).items():
-        table.add_row(key, str(value), policy.sources.get(key, ""))
-    Console(file=sys.stdout, soft_wrap=True).print(table)
+    for key, value in _rows(policy):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        source = policy.sources.get("profile" if key == "name" else key, "")
+        table.add_row(key, Text(shown), Text(source))
+    console = Console(file=sys.stdout, soft_wrap=True)
+    console.print(table)
+    for note in policy.notes:
+        console.print(Text(note))
 
 
 @profile.command("list")
 def list_profiles() -> None:
-    """List the profiles that can be chosen here, and where they are defined."""
+    """List the profiles that can be chosen here; a star marks the one in force."""
+    in_force = _policy(None).name
+    table = Table("", "name", "description", "from")
+    for name, where in available_profiles().items():
+        mark = "*" if name == in_force else ""
+        table.add_row(mark, name, Text(_policy(name).description), Text(where))
+    Console(file=sys.stdout, soft_wrap=True).print(table)
+
+
+def _policy(name: str | None) -> Policy:
     try:
-        for name, where in available_profiles().items():
-            click.echo(f"{name}\t{where}")
-    except ProfileError as error:
-        raise click.UsageError(str(error)) from error
+        return resolve_policy(name)
+    except (ProfileError, VariableError) as error:
+        raise PolicyError(str(error)) from error
+
+
+def _rows(policy: Policy) -> list[tuple[str, object]]:
+    """Return dotted keys and values, those of options and families last."""
+    plain = {k: v for k, v in _data(policy).items() if k not in _NESTED}
+    return [*plain.items(), *_nested(policy).items()]
 
 
 def _data(policy: Policy) -> dict[str, object]:
@@ -63,6 +85,7 @@ def _data(policy: Policy) -> dict[str, object]:
         "options": policy.pattern_options,
         "family": policy.families,
         "sources": dict(policy.sources),
+        "notes": list(policy.notes),
     }
 
 

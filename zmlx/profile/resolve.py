@@ -1,8 +1,9 @@
 """Which profile is in force, and what it says in the end.
 
 The name comes from the argument, then ZMLX_PROFILE, then the nearest project file (`zmlx.toml`, or
-`[tool.zmlx]` of pyproject.toml) from the current folder upward, then the user file
-(`$XDG_CONFIG_HOME/zmlx/zmlx.toml`), then it is "stable". Both files may also define profiles.
+`[tool.zmlx]` of pyproject.toml) from the current folder upward to the home folder, then the user
+file (`$XDG_CONFIG_HOME/zmlx/zmlx.toml`), then it is "stable". Both files may also define profiles;
+one that extends nothing extends "stable".
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from zmlx.profile.schema import Definition, Policy, check
-from zmlx.profile.source import ProfileError, Source, read
+from zmlx.profile.schema import Definition, Policy, ProfileError, check
+from zmlx.toml import Source, read
 from zmlx_autopatch import variables
 
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -44,7 +45,7 @@ def resolve_policy(name: str | None = None, *, start: Path | None = None) -> Pol
     name, origin = _name(name, files)
     definitions = _definitions(files)
     chain = _chain(name, origin, definitions)
-    return _policy(name, origin, chain)
+    return _policy(name, origin, chain, _notes(files))
 
 
 def available_profiles(*, start: Path | None = None) -> dict[str, str]:
@@ -55,32 +56,55 @@ def available_profiles(*, start: Path | None = None) -> dict[str, str]:
     }
 
 
-def _files(start: Path | None) -> list[tuple[Source, tuple[str, ...]]]:
-    """Return the project file and the user file, where they exist, with the path of our table."""
-    found = [file for file in (_project_file(start), _user_file()) if file is not None]
-    return [(source, path) for source, path in found]
+#: A file, and the path of our table in it.
+_File = tuple[Source, tuple[str, ...]]
 
 
-def _project_file(start: Path | None) -> tuple[Source, tuple[str, ...]] | None:
+def _files(start: Path | None) -> list[_File]:
+    """Return the project file and the user file, where they exist."""
+    return [file for file in (_project_file(start), _user_file()) if file is not None]
+
+
+def _project_file(start: Path | None) -> _File | None:
     try:
         here = (start or Path.cwd()).resolve()
     except OSError:  # the current folder was deleted
         return None
+    home = Path(os.path.expanduser("~"))
     for folder in (here, *here.parents):
-        own, project = folder / "zmlx.toml", folder / "pyproject.toml"
-        if own.is_file():
-            return read(own), ()
-        if project.is_file():
-            source = read(project)
-            if "zmlx" in source.data.get("tool", {}):
-                return source, ("tool", "zmlx")
+        if os.path.isfile(folder / "zmlx.toml"):
+            return read(folder / "zmlx.toml", wrong=ProfileError), ()
+        project = _pyproject(folder)
+        if project is not None:
+            return project, ("tool", "zmlx")
+        if folder == home:
+            return None
     return None
 
 
-def _user_file() -> tuple[Source, tuple[str, ...]] | None:
-    root = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    file = Path(root).expanduser() / "zmlx" / "zmlx.toml"
-    return (read(file), ()) if file.is_file() else None
+def _pyproject(folder: Path) -> Source | None:
+    """Return the folder's pyproject.toml when it has a table for zmlx."""
+    file = folder / "pyproject.toml"
+    # One that does not even mention us may be broken, and is not our business.
+    if not os.path.isfile(file) or b"zmlx" not in file.read_bytes():
+        return None
+    source = read(file, wrong=ProfileError)
+    tool = source.data.get("tool")
+    return source if isinstance(tool, dict) and "zmlx" in tool else None
+
+
+def _user_file() -> _File | None:
+    file = Path(variables.config_folder()) / "zmlx.toml"
+    return (read(file, wrong=ProfileError), ()) if os.path.isfile(file) else None
+
+
+def _notes(files: list[_File]) -> tuple[str, ...]:
+    """Say which file is passed over."""
+    for source, path in files:
+        folder = Path(source.label).parent
+        if not path and folder != Path(variables.config_folder()) and _pyproject(folder):
+            return (f"{source.label} wins over [tool.zmlx] of the pyproject.toml beside it",)
+    return ()
 
 
 def _table(source: Source, path: tuple[str, ...]) -> Mapping[str, Any]:
@@ -100,7 +124,7 @@ def _table(source: Source, path: tuple[str, ...]) -> Mapping[str, Any]:
     return table
 
 
-def _name(name: str | None, files: list[tuple[Source, tuple[str, ...]]]) -> tuple[str, str]:
+def _name(name: str | None, files: list[_File]) -> tuple[str, str]:
     """Return the profile's name and who chose it."""
     if name:
         return name, "the caller"
@@ -116,13 +140,13 @@ def _name(name: str | None, files: list[tuple[Source, tuple[str, ...]]]) -> tupl
 
 @cache
 def _builtin(name: str) -> Definition:
-    source = read(_BUILTIN / f"{name}.toml", f"builtin {name}.toml")
+    source = read(_BUILTIN / f"{name}.toml", f"builtin {name}.toml", ProfileError)
     definition = Definition(name, source, (), source.data)
     check(definition)
     return definition
 
 
-def _definitions(files: list[tuple[Source, tuple[str, ...]]]) -> dict[str, Definition]:
+def _definitions(files: list[_File]) -> dict[str, Definition]:
     """Return every profile by name; the project's go before the user's."""
     found = {name: _builtin(name) for name in BUILTIN_NAMES}
     for source, path in reversed(files):
@@ -145,7 +169,7 @@ def _chain(name: str, origin: str, known: Mapping[str, Definition]) -> list[Defi
             f"profile {name!r} (asked for by {origin}) does not exist; known: {', '.join(known)}"
         )
     chain = [known[name]]
-    while (parent := chain[-1].table.get("extends")) is not None:
+    while (parent := _parent(chain[-1])) is not None:
         last = chain[-1]
         at = (*last.path, "extends")
         if parent not in known:
@@ -157,7 +181,13 @@ def _chain(name: str, origin: str, known: Mapping[str, Definition]) -> list[Defi
     return chain
 
 
-def _policy(name: str, origin: str, chain: list[Definition]) -> Policy:
+def _parent(definition: Definition) -> str | None:
+    default = None if definition.name in BUILTIN_NAMES else DEFAULT
+    parent: str | None = definition.table.get("extends", default)
+    return parent
+
+
+def _policy(name: str, origin: str, chain: list[Definition], notes: tuple[str, ...]) -> Policy:
     """Merge a chain: the nearest value wins; options and families merge key by key."""
     values: dict[str, Any] = {}
     sources = {"profile": origin}
@@ -181,6 +211,7 @@ def _policy(name: str, origin: str, chain: list[Definition]) -> Policy:
         pattern_options=values.get("options", {}),
         families=values.get("family", {}),
         sources=sources,
+        notes=notes,
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from zmlx.patch.names import PATTERN_NAMES, pattern_options
-from zmlx.profile.source import ProfileError, Source
-
-__all__ = ["CONTRACTS", "Definition", "Policy", "ProfileError", "check"]
+from zmlx.toml import Source, TomlError
 
 CONTRACTS = ("exact", "tighter", "tolerant")
 
@@ -32,6 +31,10 @@ _WORDS = {
     dict: "a table",
     int: "a whole number",
 }
+
+
+class ProfileError(TomlError):
+    """A profile, or the file that should define it, is wrong; the text names file, line and key."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Policy:
         exclude: patterns not to use.
         pattern_options: pattern -> option -> value.
         families: family -> overrides with the keys include, exclude and options.
-        sources: dotted key -> where its value came from.
+        sources: dotted key -> where its value came from; "profile" is who chose the profile.
+        notes: what else was found on the way, one sentence each.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Policy:
     pattern_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     families: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def allows(self, pattern: str, contract: str, family: str) -> tuple[bool, str]:
         """Say whether a pattern of a contract may be used on a family, and why.
@@ -113,7 +118,7 @@ class Policy:
 
     def _admitted(self, contract: str) -> tuple[bool, str]:
         if contract in self.admits:
-            return True, f"profile {self.name} admits {contract} replacements"
+            return True, self._because(f"admits {contract} replacements", "admits")
         return False, self._because(f"does not admit {contract} replacements", "admits")
 
     def _because(self, what: str, key: str) -> str:
@@ -134,6 +139,7 @@ def check(definition: Definition) -> None:
         _check_name(definition, ("admits",), contract, CONTRACTS, "contract")
     _check_patterns(definition, (), table)
     for family, override in table.get("family", {}).items():
+        _check_name(definition, ("family", family), family, _families(), "family")
         _check_type(definition, ("family", family), override, dict)
         for key, value in override.items():
             _check_key(definition, ("family", family, key), _FAMILY_KEYS)
@@ -141,10 +147,20 @@ def check(definition: Definition) -> None:
         _check_patterns(definition, ("family", family), override)
 
 
+def _families() -> tuple[str, ...]:
+    # Imported only for the few profiles that name a family: its table takes time to read.
+    names: tuple[str, ...] = import_module("zmlx.family.table").family_names()
+    return names
+
+
 def _check_patterns(definition: Definition, at: tuple[str, ...], table: Mapping[str, Any]) -> None:
     for key in ("include", "exclude"):
         for name in table.get(key, ()):
             _check_name(definition, (*at, key), name, PATTERN_NAMES, "pattern")
+    for name in table.get("include", ()):
+        if name in table.get("exclude", ()):
+            path = (*definition.path, *at, "exclude")
+            raise definition.source.error(path, f"{name!r} is also in include; keep one of them")
     for pattern, options in table.get("options", {}).items():
         path = (*at, "options", pattern)
         _check_name(definition, path, pattern, PATTERN_NAMES, "pattern")

@@ -1,4 +1,4 @@
-"""Profile files: reading TOML, and finding the line on which a key stands."""
+"""Reading TOML files, and finding the line on which a key stands, for errors that say where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 #: A bare key, or a quoted one.
 _PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
@@ -22,8 +22,8 @@ _ASSIGNMENT = re.compile(rf"\s*({_DOTTED})\s*=(.*)")
 _TOKEN = re.compile(r'"""|\'\'\'|"(?:[^"\\]|\\.)*"|\'[^\']*\'|#.*|[\[\]{}]')
 
 
-class ProfileError(ValueError):
-    """A profile, or the file that should define it, is wrong; the text names file, line and key."""
+class TomlError(ValueError):
+    """A TOML file, or what it says, is wrong; the text names file, line and key."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Source:
         label: what messages call the file.
         data: its content.
         lines: path of a key -> line on which it is set, counted from 1.
+        wrong: the error to raise about its content.
     """
 
     label: str
     data: dict[str, Any]
     lines: dict[tuple[str, ...], int]
+    wrong: type[TomlError] = TomlError
 
     def at(self, *path: str) -> str:
         """Return "file:line" of a key, or of the nearest table above it."""
@@ -48,28 +50,43 @@ class Source:
                 return f"{self.label}:{line}"
         return self.label
 
-    def error(self, path: tuple[str, ...], problem: str) -> ProfileError:
+    def error(self, path: tuple[str, ...], problem: str) -> TomlError:
         """Return the error for a key."""
-        return ProfileError(f"{self.at(*path)}: {'.'.join(path)}: {problem}")
+        return self.wrong(f"{self.at(*path)}: {'.'.join(path)}: {problem}")
 
 
-def read(file: Path, label: str | None = None) -> Source:
+def read(file: Path, label: str | None = None, wrong: type[TomlError] = TomlError) -> Source:
     """Parse a TOML file.
 
+    Args:
+        file: the file.
+        label: what messages call it; default its path.
+        wrong: the class of error to raise, for the file and for its content.
+
     Raises:
-        ProfileError: it cannot be read or is not TOML; the message has the parser's line.
+        TomlError: it cannot be read or is not TOML; the message has the parser's line.
     """
     label = label or str(file)
     try:
         text = file.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
     except OSError as error:
-        raise ProfileError(f"{label}: cannot be read: {error.strerror}") from error
+        raise wrong(f"{label}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ProfileError(f"{label}: is not UTF-8 text: {error}") from error
+        raise wrong(f"{label}: is not UTF-8 text: {error}") from error
+    return parse(text, label, wrong)
+
+
+def parse(text: str, label: str, wrong: type[TomlError] = TomlError) -> Source:
+    """Parse the text of a TOML file.
+
+    Raises:
+        TomlError: it is not TOML; the message has the parser's line.
+    """
+    try:
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"{label}: is not TOML: {error}") from error
-    return Source(label, data, key_lines(text))
+        raise wrong(f"{label}: is not TOML: {error}") from error
+    return Source(label, data, key_lines(text), wrong)
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -77,7 +94,7 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     depth, quote = 0, ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         rest = line
         if depth == 0 and not quote:
             header, assignment = _HEADER.match(line), _ASSIGNMENT.match(line)
@@ -94,7 +111,8 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
 
 
 def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip("\"'") for part in re.findall(_PART, dotted))
+    parts = re.findall(_PART, dotted)
+    return tuple(part[1:-1] if part[0] in "\"'" else part for part in parts)
 
 
 def _open_brackets(text: str, depth: int, quote: str) -> tuple[int, str]:
