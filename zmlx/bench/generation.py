@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -96,7 +97,7 @@ def generate(
         if keep_logits:
             kept.append(logits.astype(mx.float32))
         mx.eval(nan, kept[-1:])
-        tokens.append(int(choice.item()))
+        tokens.append(cast(int, choice.item()))
         if on_token is not None:
             on_token(len(pending))
         pending = [forced[position] if forced is not None else tokens[-1]]

@@ -98,7 +98,8 @@ def read(dtype: str = "float32", gguf: Path | None = None) -> Checkpoint:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     file = gguf or gguf_path()
-    arrays, metadata = mx.load(str(file), return_metadata=True)
+    loaded: Any = mx.load(str(file), return_metadata=True)
+    arrays, metadata = loaded
     if metadata.get("general.architecture") != "llama":
         found = metadata.get("general.architecture")
         raise ValueError(f"{file}: architecture {found!r}: expected 'llama'")
