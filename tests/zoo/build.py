@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import io
 import math
 import sys
@@ -17,11 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from zoo.configs import Config, config_of
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import quantize_model
+from zoo.configs import Config, config_of
 
 #: Spread of the noise on parameters that are born constant: norms, biases, correction biases.
 NOISE = 0.2
@@ -70,8 +71,7 @@ def build(
         )
     )
     if quantize:
-        with redirect_stdout(io.StringIO()):  # it prints what it did
-            model, _ = quantize_model(model, {}, quantize["group_size"], quantize["bits"])
+        model = _quantized(model, **quantize)
     _fill_packed(model)
     model.eval()
     mx.eval(model.parameters())
@@ -89,15 +89,39 @@ def reference(model: nn.Module, dtype: mx.Dtype) -> nn.Module:
     if dense:
         twin.update_modules(tree_unflatten(dense))
     twin.set_dtype(dtype)
+    for _, m in twin.named_modules():
+        if type(m) is SwitchLinear:
+            m.__class__ = _GatheredLinear
     mx.eval(twin.parameters())
     return twin
+
+
+def _quantized(model: nn.Module, bits: int, group_size: int) -> nn.Module:
+    chosen = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+    def predicate(path: str, module: nn.Module) -> Any:
+        # afm7's fused layer has a `to_quantized` that mlx-lm itself cannot call.
+        able = "mode" in inspect.signature(module.to_quantized).parameters
+        return able and chosen(path, module)
+
+    with redirect_stdout(io.StringIO()):  # it prints what it did
+        quantized, _ = quantize_model(model, {}, group_size, bits, quant_predicate=predicate)
+    return quantized
+
+
+class _GatheredLinear(SwitchLinear):
+    """`SwitchLinear` in any dtype: MLX's own gathered product on CPU takes float32 only."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y: mx.array = x @ self.weight.swapaxes(-1, -2)[indices]
+        return y + self.bias[indices][..., None, :] if "bias" in self else y
 
 
 def _perturbed(p: mx.array) -> mx.array:
     """Return random values in place of constant ones, which would hide errors."""
     if not mx.issubdtype(p.dtype, mx.floating) or p.size == 0 or (p.max() != p.min()).item():
         return p
-    spread = NOISE if p.ndim == 1 else 1 / math.sqrt(p.shape[-1])
+    spread = NOISE if p.ndim <= 1 else 1 / math.sqrt(p.shape[-1])
     if p.ndim > 1 and (p != 0).any().item():
         spread = NOISE
     return p + spread * mx.random.normal(p.shape, dtype=p.dtype)

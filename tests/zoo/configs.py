@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -663,6 +664,49 @@ CONFIGS: dict[str, Config] = {
 }
 
 CONFIGS["lfm2-vl"]["text_config"] = {**CONFIGS["lfm2"], "model_type": "lfm2"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where the stock model itself raises.
+
+    Attributes:
+        message: part of what it says.
+        runs: the runs that raise: "alone", "ragged".
+        dtype: the only dtype for which it does; empty for all.
+        backend: the only backend on which it does; empty for all.
+    """
+
+    message: str
+    runs: tuple[str, ...] = ("alone", "ragged")
+    dtype: str = ""
+    backend: str = ""
+
+
+#: Types whose stock forward raises somewhere; a patched model must then raise the same.
+FAILURES: dict[str, tuple[Failure, ...]] = {
+    # A Metal kernel without another way.
+    "bitnet": (Failure("No Metal back-end"),),
+    "muse_spark": (Failure("No Metal back-end"),),
+    # Caches that have no batched form.
+    "deepseek_v41": (
+        Failure("LayerCache has no merge", ("ragged",)),
+        Failure("Currently only supports float32", ("alone",), "bfloat16", "cpu"),
+    ),
+    "llama4": (Failure("ChunkedKVCache has no merge", ("ragged",)),),
+    # A position embedding that takes one offset for the whole batch.
+    "gpt_bigcode": (Failure("Only length-1 arrays", ("ragged",)),),
+    # Layers without attention keep an empty cache, which cannot be moved.
+    "nemotron-nas": (Failure("'NoneType' object has no attribute 'shape'", ("ragged",)),),
+    # Adds the mask, which for a lone prompt is the word "causal".
+    "olmo": (Failure("Cannot perform inplace addition", ("alone",)),),
+}
+
+#: Types whose stock forward corrupts the heap of the process on CPU (mlx 0.32.4): never run there.
+CRASHES = ("phi3small",)
+
+#: Types with operations that have no float64 form; their truth is float32.
+NARROW = ("prism_hadamard_qwen35",)
 
 
 @cache

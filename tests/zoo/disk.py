@@ -14,10 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from zoo.build import build
-from zoo.configs import Config, config_of
 from mlx_lm.utils import save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from zoo.build import build
+from zoo.configs import Config, config_of
 
 #: Tokens of the checkpoints' vocabulary.
 VOCABULARY = 512
