@@ -101,13 +101,19 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
             if assignment:
                 path = table + _parts(assignment.group(1))
                 rest = assignment.group(2)
-                lines.setdefault(path, number)
+                _note(lines, path, number)
             elif header:
                 table = _parts(header.group(1))
-                lines.setdefault(table, number)
+                _note(lines, table, number)
                 rest = ""
         depth, quote = _open_brackets(rest, depth, quote)
     return lines
+
+
+def _note(lines: dict[tuple[str, ...], int], path: tuple[str, ...], number: int) -> None:
+    """Note the line of a key, and of the tables that it brings into being."""
+    for length in range(1, len(path) + 1):
+        lines.setdefault(path[:length], number)
 
 
 def _parts(dotted: str) -> tuple[str, ...]:

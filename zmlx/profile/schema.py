@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from zmlx.patch.names import PATTERN_NAMES, pattern_options
 from zmlx.toml import Source, TomlError
 
 CONTRACTS = ("exact", "tighter", "tolerant")
@@ -147,8 +146,16 @@ def check(definition: Definition) -> None:
         _check_patterns(definition, ("family", family), override)
 
 
+# Both are imported only for a profile that names a pattern or a family: `zmlx run` reads the
+# profile before every start, and most profiles name none.
+
+
+def _patterns() -> dict[str, dict[str, type]]:
+    known: dict[str, dict[str, type]] = import_module("zmlx.patch.names").pattern_options()
+    return known
+
+
 def _families() -> tuple[str, ...]:
-    # Imported only for the few profiles that name a family: its table takes time to read.
     names: tuple[str, ...] = import_module("zmlx.family.table").family_names()
     return names
 
@@ -156,16 +163,16 @@ def _families() -> tuple[str, ...]:
 def _check_patterns(definition: Definition, at: tuple[str, ...], table: Mapping[str, Any]) -> None:
     for key in ("include", "exclude"):
         for name in table.get(key, ()):
-            _check_name(definition, (*at, key), name, PATTERN_NAMES, "pattern")
+            _check_name(definition, (*at, key), name, tuple(_patterns()), "pattern")
     for name in table.get("include", ()):
         if name in table.get("exclude", ()):
             path = (*definition.path, *at, "exclude")
             raise definition.source.error(path, f"{name!r} is also in include; keep one of them")
     for pattern, options in table.get("options", {}).items():
         path = (*at, "options", pattern)
-        _check_name(definition, path, pattern, PATTERN_NAMES, "pattern")
+        _check_name(definition, path, pattern, tuple(_patterns()), "pattern")
         _check_type(definition, path, options, dict)
-        known = pattern_options()[pattern]
+        known = _patterns()[pattern]
         for option, value in options.items():
             _check_key(definition, (*path, option), tuple(known))
             _check_type(definition, (*path, option), value, known[option])
