@@ -114,7 +114,7 @@ def collect(
         title=title,
         runs=tuple(runs),
         quantities=quantities,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command_line(),
         environment=environment.describe(),
         plans=plans or {},
         notes=notes,
@@ -131,7 +131,7 @@ def write(capsule: Capsule, file: Path) -> Path:
     content = asdict(capsule)
     _check(json.loads(json.dumps(content)), file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return file
 
 
@@ -156,6 +156,15 @@ def read(file: Path) -> Capsule:
             "notes": tuple(content["notes"]),
         }
     )
+
+
+def _command_line() -> str:
+    """Return this process's command as it was typed, without the folder of the script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not sys.argv[0].endswith(".py"):
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = spec.name.removesuffix(".__main__")
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 _KEYS: dict[str, type] = {

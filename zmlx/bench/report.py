@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -11,30 +12,38 @@ from rich.table import Table
 
 from zmlx.bench.capsule import Capsule, CapsuleError, read
 
+#: Columns of text that the table with the spread of the runs takes.
+_WIDE = 100
 
-def table(capsule: Capsule) -> Table:
+
+def table(capsule: Capsule, *, spread: bool = True) -> Table:
     """Return a table with a row for each subject and quantity.
 
     A column for each variant shows the median and, in brackets, the smallest and largest run; the
     last column the ratio of the last variant to the first, above 1 when the last one is better.
+
+    Args:
+        capsule: what to show.
+        spread: whether the smallest and largest run are shown.
     """
     variants = capsule.variants()
     result = Table(title=capsule.title, title_justify="left")
-    result.add_column("")
-    result.add_column("quantity")
-    for variant in variants:
-        result.add_column(variant, justify="right")
-    if len(variants) > 1:
-        result.add_column(f"{variants[-1]} / {variants[0]}", justify="right")
+    for name in ("", "median of the runs"):
+        result.add_column(name, no_wrap=True)
+    for name in (*variants, *([f"{variants[-1]} / {variants[0]}"] if len(variants) > 1 else [])):
+        result.add_column(name, justify="right", no_wrap=True)
     for subject in capsule.subjects():
+        label = subject
         for quantity, (unit, more) in capsule.quantities.items():
-            cells = [_cell(capsule.values(subject, v, quantity), unit) for v in variants]
+            cells = [_cell(capsule.values(subject, v, quantity), unit, spread) for v in variants]
             if not any(cells):
                 continue
-            row = [subject, f"{quantity}, {_shown_unit(unit)}", *cells]
+            row = [label, f"{quantity.replace('_', ' ')}, {_shown_unit(unit)}", *cells]
             if len(variants) > 1:
                 row.append(_ratio(capsule, subject, variants, quantity, more))
             result.add_row(*row)
+            label = ""
+        result.add_section()
     return result
 
 
@@ -66,10 +75,16 @@ def report(path: str | Path) -> None:
 
 def show(capsule: Capsule, console: Console | None = None) -> None:
     """Print a capsule's table, notes and environment; by default to stdout."""
-    console = console or Console(soft_wrap=True, highlight=False)
-    console.print(table(capsule))
+    console = console or wide_console()
+    console.print(table(capsule, spread=console.width >= _WIDE))
     for line in (*capsule.notes, *environment_lines(capsule)):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def wide_console() -> Console:
+    """Return a console on stdout: as wide as the terminal, or wide enough in a file or pipe."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=_WIDE)
 
 
 def main() -> None:
@@ -88,15 +103,14 @@ def command(capsule: Path) -> None:
         sys.exit(2)
 
 
-def _cell(values: list[float], unit: str) -> str:
+def _cell(values: list[float], unit: str, spread: bool) -> str:
     if not values:
         return ""
-    ordered = sorted(_shown(value, unit) for value in values)
-    middle = ordered[len(ordered) // 2]
-    if len(ordered) % 2 == 0:
-        middle = (middle + ordered[len(ordered) // 2 - 1]) / 2
-    spread = f" ({_digits(ordered[0])} - {_digits(ordered[-1])})" if len(ordered) > 1 else ""
-    return _digits(middle) + spread
+    shown = [_shown(value, unit) for value in values]
+    middle = _digits(statistics.median(shown))
+    if not spread or len(shown) == 1:
+        return middle
+    return f"{middle} ({_digits(min(shown))} - {_digits(max(shown))})"
 
 
 def _ratio(capsule: Capsule, subject: str, variants: list[str], quantity: str, more: bool) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from zmlx.bench.capsule import write
+from zmlx.bench.report import wide_console
 from zmlx.profile import ProfileError, resolve_policy
 from zmlx.validate.compare import Comparison, compare, steps
 from zmlx.validate.contract import judge
@@ -57,7 +58,7 @@ def validate(
     if as_json:
         print(json.dumps(to_json(comparison, model), indent=1))
     else:
-        show(comparison, model, Console(soft_wrap=True, highlight=False))
+        show(comparison, model, wide_console())
     sys.exit(1 if judge(comparison) else 0)
 
 

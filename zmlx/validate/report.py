@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zmlx.bench.capsule import GENERATION, Capsule, Run, collect
+from zmlx.bench.capsule import GENERATION, Capsule, collect
+from zmlx.bench.decode import run_of
 from zmlx.bench.generation import Generation
 from zmlx.validate.compare import Comparison, LogitsError
 from zmlx.validate.contract import contract_of, judge
@@ -24,24 +25,6 @@ def capsule_of(comparison: Comparison, subject: str, notes: tuple[str, ...] = ()
     ]
     plans = {subject: comparison.report.to_json()}
     return collect("zmlx validate", runs, GENERATION, plans=plans, notes=notes)
-
-
-def run_of(subject: str, variant: str, repeat: int, generation: Generation) -> Run:
-    """Return one timed generation as a capsule's run."""
-    return Run(
-        subject=subject,
-        variant=variant,
-        repeat=repeat,
-        values={
-            "prefill": generation.prefill_rate,
-            "decode": generation.decode_rate,
-            "peak_memory": float(generation.peak_bytes),
-        },
-        samples={
-            "prefill_seconds": [generation.prefill_seconds],
-            "step_seconds": list(generation.step_seconds),
-        },
-    )
 
 
 def to_json(comparison: Comparison, model: str) -> dict[str, Any]:
@@ -71,7 +54,7 @@ def show(comparison: Comparison, model: str, console: Console) -> None:
     """Print the table and the verdict."""
     console.print(_table(comparison, model))
     for line in _lines(comparison):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _table(comparison: Comparison, model: str) -> Table:
