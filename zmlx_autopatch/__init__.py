@@ -1,0 +1,46 @@
+"""The start-up hook of zmlx: models loaded in this process are recognised and patched.
+
+`bootstrap` is what `zmlx run` has the interpreter call; `install` is the same for a notebook:
+
+    import zmlx_autopatch
+    zmlx_autopatch.install()
+
+Importing this package loads `os` and `sys` and nothing else; zmlx itself is imported when a model
+has been loaded, and wrapt when the library that loads it is imported.
+"""
+
+from __future__ import annotations
+
+__all__ = ["bootstrap", "install", "state", "uninstall"]
+
+
+def install() -> bool:
+    """Watch the loaders of models in this process; a second call does nothing.
+
+    Returns:
+        Whether the hook is installed: not so where ZMLX_AUTOPATCH is 0.
+    """
+    from zmlx_autopatch import hook  # noqa: PLC0415 - start-up pays for what it uses
+
+    return hook.install()
+
+
+def uninstall() -> None:
+    """Watch no more, and give the loaders back; models that were patched stay so."""
+    from zmlx_autopatch import hook  # noqa: PLC0415
+
+    hook.uninstall()
+
+
+def bootstrap() -> None:
+    """Install the hook at the start of an interpreter; whatever fails, the interpreter starts."""
+    from zmlx_autopatch import hook  # noqa: PLC0415
+
+    hook.bootstrap()
+
+
+def state() -> dict[str, object]:
+    """Return what the hook has seen in this process, as data that `json` can write."""
+    from zmlx_autopatch import hook  # noqa: PLC0415
+
+    return hook.STATE.as_dict()
