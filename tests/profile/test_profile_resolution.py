@@ -482,7 +482,7 @@ def test_a_wrong_profile_is_one_line_and_exit_code_2(home, monkeypatch, command)
 def test_resolving_loads_nothing_heavy(home):
     code = (
         "import sys, zmlx.profile; zmlx.profile.resolve_policy();"
-        "heavy = {'mlx', 'mlx_lm', 'numpy', 'rich', 'zmlx.patch', 'zmlx.family'} & set(sys.modules);"
+        "heavy = {'mlx', 'numpy', 'rich', 'zmlx.patch', 'zmlx.family'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -157,7 +157,7 @@ def quantization(config: Mapping[str, Any]) -> str:
     if settings is None:
         return "none"
     if "bits" not in settings:
-        return f"by {settings.get('quant_method', 'an unknown method')}, converted at load"
+        return f"{settings.get('quant_method', 'an unknown method')}, without a number of bits"
     described = _format(settings)
     layers = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
     other = Counter(_format({**settings, **layer}) for layer in layers.values())
