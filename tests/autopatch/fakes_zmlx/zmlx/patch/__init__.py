@@ -1,0 +1,28 @@
+"""A patcher whose effect and failures a test can choose by the model's name."""
+
+
+class Report:
+    """What a report needs for the hook."""
+
+    patched_count = 1
+
+    def __init__(self, origin):
+        self.origin = origin
+
+    def line(self):
+        """Return the line."""
+        return f"zmlx: marked by {self.origin}"
+
+    def summary(self):
+        """Return more."""
+        return self.line() + "\n  a page"
+
+
+def patch_loaded(model, *, origin):
+    """Mark a model, or fail as its name says."""
+    if "broken" in model:
+        raise ValueError("detection broke")
+    if "interrupt" in model:
+        raise KeyboardInterrupt
+    model.append("marked")
+    return Report(origin)

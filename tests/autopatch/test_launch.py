@@ -1,0 +1,229 @@
+"""`zmlx run`: what it starts, and how. Numbers are those of the case list."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from zmlx_autopatch.launch import environment
+from zmlx_autopatch.launch.resolve import startup_is_disabled
+
+
+def script(path, text, *, executable=True):
+    path.write_text(text)
+    if executable:
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_module_is_run_and_patched(zmlx_run):  # 47c
+    result = zmlx_run("mlx_lm.generate", "a")
+    # The stand-in has no model that real zmlx knows; its line proves that the hook fired.
+    assert result.out == "answer of ['a']\n"
+    assert "zmlx: " in result.err
+
+
+def test_python_file_and_its_arguments(zmlx_run, tmp_path):  # 46, 47a, 48
+    file = script(tmp_path / "probe.py", PROBE, executable=False)
+    native = subprocess.run(
+        [sys.executable, str(file), "--profile", "x", "--", "-q"], capture_output=True, text=True
+    )
+    ours = zmlx_run(str(file), "--profile", "x", "--", "-q")
+    assert (ours.code, ours.out) == (native.returncode, native.stdout)
+
+
+PROBE = """\
+import sys
+print(sys.argv, sys.path[0], __name__, __spec__)
+print(sorted(m for m in sys.modules if m in ("argparse", "click", "mlx", "mlx_lm", "zmlx")))
+"""
+
+
+def test_python_as_given(zmlx_run, tmp_path):  # 47d
+    file = script(tmp_path / "probe.py", PROBE, executable=False)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    native = subprocess.run([sys.executable, str(file), "a"], capture_output=True, text=True)
+    ours = zmlx_run("python", str(file), "a", PATH=path)
+    assert ours.out == native.stdout
+
+
+def test_options_stop_at_the_command(zmlx_run):  # 48
+    result = zmlx_run("--quiet", "--", "sh", "-c", 'echo "$ZMLX_LOG $1"', "sh", "--strict")
+    assert result.out == "off --strict\n"
+
+
+def test_options_become_variables(zmlx_run):
+    result = zmlx_run(
+        "--profile", "fast", "--strict", "sh", "-c", "echo $ZMLX_PROFILE $ZMLX_STRICT"
+    )
+    assert result.out == "fast 1\n"
+
+
+def test_an_unknown_profile_fails_before_anything_starts(zmlx_run):
+    result = zmlx_run("--profile", "nope", "sh", "-c", "echo started")
+    assert (result.code, result.out) == (2, "")
+    assert "known: stable, fast, edge" in result.err
+
+
+def test_nested_runs_keep_one_entry_and_the_inner_profile_wins(zmlx_run, tmp_path):  # 24
+    inner = (
+        f"{sys.executable} -m zmlx run --profile edge sh -c 'echo $ZMLX_PROFILE; echo $PYTHONPATH'"
+    )
+    result = zmlx_run("--profile", "fast", "sh", "-c", inner)
+    profile, path = result.out.splitlines()
+    assert profile == "edge"
+    entries = path.split(os.pathsep)
+    assert sum(entry.endswith("sitecustomize") for entry in entries) == 1
+
+
+@pytest.mark.parametrize("code", [0, 4, 255])
+def test_exit_codes(zmlx_run, code):  # 46
+    assert zmlx_run("sh", "-c", f"exit {code}").code == code
+
+
+def test_death_by_signal(zmlx_run):  # 46
+    assert zmlx_run("sh", "-c", "kill -9 $$").code == -signal.SIGKILL
+
+
+def test_nothing_of_that_name(zmlx_run):  # 47
+    result = zmlx_run("no_such_command_at_all", "x")
+    assert (result.code, result.out) == (127, "")
+    assert result.err.startswith("zmlx run: no_such_command_at_all: not a file")
+    assert len(result.err.splitlines()) == 1
+    assert zmlx_run("./nothing.py").code == 127
+
+
+def test_a_file_that_is_not_executable(zmlx_run, tmp_path):  # 49
+    file = script(tmp_path / "tool", "print(1)\n", executable=False)
+    result = zmlx_run(str(file))
+    assert result.code == 126
+    assert f"did you mean `zmlx run python {file}`?" in result.err
+
+
+def test_a_program_on_path(zmlx_run, tmp_path):  # 47e
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    script(tools / "mytool", "#!/bin/sh\necho mytool $1\n")
+    result = zmlx_run("mytool", "a", PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    assert (result.code, result.out) == (0, "mytool a\n")
+
+
+def test_a_console_script_beside_the_interpreter_goes_before_the_module(
+    monkeypatch, tmp_path
+):  # 47b
+    from zmlx_autopatch.launch import resolve
+
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    monkeypatch.setattr(sys, "executable", str(bin_folder / "python3"))
+    tool = script(bin_folder / "mlx_lm.generate", "#!/somewhere/else/python3\nprint('script')\n")
+    assert resolve.resolve("mlx_lm.generate", ["a"]) == [sys.executable, str(tool), "a"]
+    script(tool, "#!/bin/sh\n'''exec' '/a long/path/python3' \"$0\" \"$@\"\n' '''\n")
+    assert resolve.resolve("mlx_lm.generate", [])[0] == sys.executable
+    script(tool, "#!/bin/sh\necho a shell script\n")
+    assert resolve.resolve("mlx_lm.generate", []) == [str(tool)]
+
+
+def test_neither_launcher_nor_hook_imports_mlx_lm(zmlx_run):  # 44, facts 2
+    """Importing mlx-lm lowers the limit of open files for good."""
+    probe = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    native = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    assert zmlx_run("python", "-c", probe, PATH=path).out == native
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["-I", "x.py"], "-I"),
+        (["-uS", "x.py"], "-S"),
+        (["-W", "ignore", "-E", "x.py"], "-E"),
+        (["-WI", "x.py"], None),
+        (["-X", "importtime", "x.py", "-I"], None),
+        (["-m", "mod", "-S"], None),
+        (["-c", "print()", "-E"], None),
+        (["-P", "-s", "x.py"], None),
+        (["--check-hash-based-pycs", "x.py"], None),
+        ([], None),
+    ],
+)
+def test_flags_that_disable_start_up_files_are_noticed(arguments, flag):  # 10
+    assert startup_is_disabled(["/usr/bin/python3", *arguments]) == flag
+    assert startup_is_disabled(["/usr/bin/tool", *arguments]) is None
+
+
+def test_one_line_about_such_a_flag(zmlx_run):
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    result = zmlx_run("python", "-I", "-c", "print(1)", PATH=path)
+    assert (result.code, result.out) == (0, "1\n")
+    assert result.err == (
+        "zmlx: python -I runs without start-up files: models stay as they are loaded\n"
+    )
+
+
+def test_ranks_of_mlx_launch_get_our_variables():
+    from zmlx_autopatch.launch.command import _with_ranks
+
+    variables = {"PYTHONPATH": "/site", "ZMLX_PROFILE": "fast", "HOME": "/x"}
+    assert _with_ranks("mlx.launch", ["-n", "2", "s.py"], variables) == [
+        *("--env", "PYTHONPATH=/site", "--env", "ZMLX_PROFILE=fast"),
+        *("-n", "2", "s.py"),
+    ]
+    assert _with_ranks("mlx_lm.server", ["-n"], variables) == ["-n"]
+
+
+SITE = environment.site_folder()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, SITE),
+        ("", SITE),
+        ("/a:/b", f"{SITE}:/a:/b"),
+        (SITE, SITE),
+        (f"{SITE}/", SITE),
+        (f"/a:{SITE}:/b", f"{SITE}:/a:/b"),
+        (f"{SITE}:{SITE}", SITE),
+        ("/a:", f"{SITE}:/a:"),  # an empty entry is the current folder
+        (f"/pre{SITE}:/a", f"{SITE}:/pre{SITE}:/a"),  # not the end of another entry
+        ("rel", f"{SITE}:rel"),
+    ],
+)
+def test_pythonpath_is_a_list(before, after):  # 17, 18
+    assert environment.python_path(before) == after
+
+
+def test_a_missing_start_up_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "_SITES", (tmp_path / "_site",))
+    with pytest.raises(FileNotFoundError, match="not installed whole"):
+        environment.site_folder()
+
+
+def test_a_termination_signal_reaches_the_command(tmp_path):  # 46: no orphan
+    root = environment._PACKAGE.parent
+    ready = tmp_path / "ready"
+    body = (
+        "import os, signal, sys, time\n"
+        f"open({str(ready)!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(30)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zmlx", "run", sys.executable, "-c", body], cwd=root
+    )
+    try:
+        for _ in range(200):
+            if ready.exists() and ready.read_text():
+                break
+            time.sleep(0.05)
+        assert int(ready.read_text()) == process.pid  # it became the command
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+    finally:
+        process.kill()
