@@ -1,66 +1,77 @@
 # Run by the interpreter at its start, because `zmlx run` put this folder on PYTHONPATH.
 # First the user's own sitecustomize runs, as if this one were not there; then one call, without
-# arguments, installs the hook. The file parses on any Python, and imports nothing of its own.
+# arguments, installs the hook of whichever zmlx this interpreter can import: one that can import
+# none is another environment's and is left alone. (Comparing prefixes instead would misjudge
+# interpreters whose own start-up file rewrites them, and environments that see our packages.)
+# The file parses on any Python.
 import os
 import sys
 
 
-def _zmlx_chain():
+def _run_the_users_own():
     here = os.path.dirname(os.path.abspath(__file__))
 
     def ours(entry):
-        return os.path.normcase(os.path.normpath(os.path.abspath(entry or "."))) == (
-            os.path.normcase(os.path.normpath(here))
-        )
+        return os.path.normcase(os.path.abspath(entry)) == os.path.normcase(here)
 
     own = sys.modules.pop("sitecustomize", None)
-    path = sys.path[:]
-    sys.path[:] = [entry for entry in path if not ours(entry)]
+    before = sys.path[:]
+    sys.path[:] = [entry for entry in before if not ours(entry)]
     try:
-        from importlib.machinery import PathFinder
-        from importlib.util import module_from_spec
-
-        spec = PathFinder.find_spec("sitecustomize", sys.path)
-        # A folder of that name without a file is a namespace package: nothing to run.
-        if spec is not None and spec.origin is not None and spec.loader is not None:
-            module = module_from_spec(spec)
-            sys.modules["sitecustomize"] = module
-            try:
-                spec.loader.exec_module(module)
-            except ImportError as error:
-                if getattr(error, "name", None) != "sitecustomize":
-                    _zmlx_report(error)
-            except Exception as error:
-                _zmlx_report(error)
+        import sitecustomize  # noqa: F401 - the next one on the path, if there is one
+    except ImportError as error:
+        if getattr(error, "name", None) != "sitecustomize":
+            _report(error)
+    except Exception as error:
+        _report(error)
     finally:
-        # What the user's file did to sys.path stays; our entry goes back to where it was.
-        for position, entry in enumerate(path):
+        # Back where it was: some programs hand sys.path on to their children as PYTHONPATH.
+        for position, entry in enumerate(before):
             if ours(entry) and entry not in sys.path:
-                sys.path.insert(min(position, len(sys.path)), entry)
+                sys.path.insert(position, entry)
         if own is not None:
             sys.modules.setdefault("sitecustomize", own)
 
 
-def _zmlx_report(error):
-    if sys.stderr is not None:
-        sys.stderr.write(
-            "Error in sitecustomize; set PYTHONVERBOSE for traceback:\n%s: %s\n"
+def _report(error):
+    # What the interpreter itself says of a start-up file that fails.
+    if sys.flags.verbose:
+        sys.excepthook(*sys.exc_info())
+    else:
+        _say(
+            "Error in sitecustomize; set PYTHONVERBOSE for traceback:\n%s: %s"
             % (error.__class__.__name__, error)
         )
 
 
-try:
-    import importlib.machinery
-
-    importlib.machinery.PathFinder.find_spec
-except (ImportError, AttributeError):  # an interpreter that zmlx does not support
-    pass
-else:
-    _zmlx_chain()
-    if os.environ.get("ZMLX_AUTOPATCH", "1") != "0":
+def _say(text):
+    if sys.stderr is not None:
         try:
-            from zmlx_autopatch import bootstrap
-        except ImportError:
-            pass  # another interpreter than the one that zmlx is installed in
-        else:
-            bootstrap()
+            sys.stderr.write(text + "\n")
+        except (OSError, ValueError):  # nobody reads it
+            pass
+
+
+def _install():
+    if os.environ.get("ZMLX_AUTOPATCH", "").strip() == "0":
+        return
+    log = os.environ.get("ZMLX_LOG", "").strip()
+    try:
+        if sys.version_info < (3, 10):
+            raise ImportError("Python %d.%d" % sys.version_info[:2], name="zmlx_autopatch")
+        from zmlx_autopatch import bootstrap
+
+        bootstrap()
+    except Exception as error:
+        if isinstance(error, ImportError) and getattr(error, "name", None) == "zmlx_autopatch":
+            if log == "debug":
+                _say("zmlx: %s is another environment: nothing to do here" % sys.executable)
+            return
+        # A child of this process would fail in the same way.
+        os.environ["ZMLX_AUTOPATCH"] = "0"
+        if log != "off":
+            _say("zmlx: models stay as they are loaded: %s" % error)
+
+
+_run_the_users_own()
+_install()

@@ -19,6 +19,9 @@ def install() -> bool:
 
     Returns:
         Whether the hook is installed: not so where ZMLX_AUTOPATCH is 0.
+
+    Raises:
+        zmlx_autopatch.variables.VariableError: ZMLX_AUTOPATCH is neither 0 nor 1.
     """
     from zmlx_autopatch import hook  # noqa: PLC0415 - start-up pays for what it uses
 
@@ -33,14 +36,19 @@ def uninstall() -> None:
 
 
 def bootstrap() -> None:
-    """Install the hook at the start of an interpreter; whatever fails, the interpreter starts."""
-    from zmlx_autopatch import hook  # noqa: PLC0415
+    """Install the hook at the start of an interpreter, for the start-up file, which reports errors.
 
-    hook.bootstrap()
+    It takes no arguments and never will: the start-up file may be of another version of zmlx.
+    """
+    install()
 
 
 def state() -> dict[str, object]:
-    """Return what the hook has seen in this process, as data that `json` can write."""
-    from zmlx_autopatch import hook  # noqa: PLC0415
+    """Return what the hook has seen in this process, as data that `json` can write.
 
-    return hook.STATE.as_dict()
+    Keys: `installed` (bool), `seen` (targets imported), `wrapped` (loaders), `lacking` (loader ->
+    why it is not wrapped), `loads`, `patched` (modules), `error` (the last one, or empty).
+    """
+    from zmlx_autopatch.state import STATE  # noqa: PLC0415
+
+    return STATE.as_dict()

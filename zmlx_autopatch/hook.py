@@ -1,51 +1,28 @@
-"""A finder that waits for named modules to be imported, and then wraps their loaders of models.
+"""A finder that waits for named modules to be imported, and then has their loaders wrapped.
 
-wrapt has post-import hooks too, but importing wrapt takes 70 ms, and one interpreter in a thousand
-loads a model: this finder needs `sys` alone, and wrapt is imported by the first target. It differs
-in one more way: it asks the other finders directly, since `importlib.util.find_spec` takes import
-locks, and inside of a finder two threads can then wait for each other for ever.
+wrapt has post-import hooks too, but importing wrapt takes 70 ms, and one interpreter in many loads
+a model: this finder needs `sys` alone, and wrapt is imported by the first target. It differs in
+two more ways. It asks the other finders directly: `importlib.util.find_spec` takes import locks,
+and inside of a finder two threads can then wait for each other for ever. And what goes wrong after
+a target was imported does not fail that import.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
 
 from zmlx_autopatch import variables
+from zmlx_autopatch.boundaries import BOUNDARIES
 from zmlx_autopatch.speech import say
+from zmlx_autopatch.state import STATE
 
-#: Modules with a loader in zmlx_autopatch.boundaries; a test holds the two together.
-TARGETS = ("mlx_lm.utils",)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
 
-
-class State:
-    """What the hook has seen in this process."""
-
-    def __init__(self) -> None:
-        self.finder: Finder | None = None
-        self.seen: list[str] = []
-        self.wrapped: list[str] = []
-        self.loads = 0
-        self.patched = 0
-        self.error = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """Return it as data."""
-        return {
-            "installed": self.finder is not None and self.finder in sys.meta_path,
-            "targets": list(TARGETS),
-            "seen": list(self.seen),
-            "wrapped": list(self.wrapped),
-            "loads": self.loads,
-            "patched": self.patched,
-            "error": self.error,
-        }
-
-
-STATE = State()
+#: Modules that define a loader.
+TARGETS = frozenset(boundary.module for boundary in BOUNDARIES)
 
 
 class Finder:
@@ -55,12 +32,13 @@ class Finder:
         """Return the spec that the import system would have found, or None for any other name."""
         if name not in TARGETS:
             return None
-        for finder in sys.meta_path:
+        for finder in list(sys.meta_path):
             if isinstance(finder, Finder) or not hasattr(finder, "find_spec"):
                 continue
-            spec = finder.find_spec(name, path, target)
+            spec: Any = finder.find_spec(name, path, target)
             if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
+                # A namespace package has no loader, or one that runs nothing.
+                if spec.origin is not None and hasattr(spec.loader, "exec_module"):
                     spec.loader = Loader(spec.loader)
                 return spec
         return None
@@ -73,12 +51,9 @@ class Loader:
         self._zmlx_loader = loader
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_zmlx_loader":  # a copy that has not been filled yet
+            raise AttributeError(name)
         return getattr(self._zmlx_loader, name)
-
-    def create_module(self, spec: Any) -> ModuleType | None:
-        """Create the module as its own loader does."""
-        module: ModuleType | None = self._zmlx_loader.create_module(spec)
-        return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the module under its own loader, and then wrap what it defines."""
@@ -87,60 +62,46 @@ class Loader:
             module.__spec__.loader = loader
         module.__loader__ = loader
         loader.exec_module(module)
-        _guarded(lambda: _wrap(module, sweep=False))
+        try:
+            _wrap(module, sweep=False)
+        except Exception as error:  # noqa: BLE001 - the import that it hangs on goes on
+            STATE.error = f"{type(error).__name__}: {error}"
+            say(f"zmlx: models stay as they are loaded: {STATE.error}")
 
 
 def install() -> bool:
-    """Install the finder, and wrap the targets that are imported already."""
+    """Install the finder, and wrap the loaders that are here already."""
     if not variables.flag("ZMLX_AUTOPATCH"):
         return False
-    if STATE.finder is None or STATE.finder not in sys.meta_path:
+    if STATE.finder is None:
         STATE.finder = Finder()
-        sys.meta_path.insert(0, STATE.finder)  # type: ignore[arg-type]
-    for name in TARGETS:
-        module = sys.modules.get(name)
-        if module is not None:
-            _wrap(module, sweep=True)
+    if STATE.finder not in sys.meta_path:
+        sys.meta_path.insert(0, STATE.finder)
+    for module in _targets_here():
+        _wrap(module, sweep=True)
     return True
 
 
 def uninstall() -> None:
     """Remove the finder and unwrap the loaders."""
     if STATE.finder in sys.meta_path:
-        sys.meta_path.remove(STATE.finder)  # type: ignore[arg-type]
+        sys.meta_path.remove(STATE.finder)
     STATE.finder = None
-    loaded = [sys.modules[name] for name in TARGETS if name in sys.modules]
-    if loaded and "zmlx_autopatch.boundaries" in sys.modules:
-        from zmlx_autopatch import boundaries  # noqa: PLC0415 - imports wrapt
+    if STATE.wrapped:
+        from zmlx_autopatch import wrapping  # noqa: PLC0415 - imports wrapt
 
-        for module in loaded:
-            boundaries.unwrap(module)
+        for module in _targets_here():
+            wrapping.unwrap(module)
     STATE.wrapped.clear()
 
 
-def bootstrap() -> None:
-    """Install the hook; when that fails, say so and spare the children of this process."""
-    try:
-        install()
-    except Exception as error:  # noqa: BLE001 - the interpreter must start
-        STATE.error = str(error)
-        say(f"zmlx: models stay as they are loaded: {error}")
-        os.environ["ZMLX_AUTOPATCH"] = "0"
+def _targets_here() -> list[ModuleType]:
+    return [sys.modules[name] for name in TARGETS if sys.modules.get(name) is not None]
 
 
 def _wrap(module: ModuleType, *, sweep: bool) -> None:
-    from zmlx_autopatch import boundaries  # noqa: PLC0415 - imports wrapt
+    from zmlx_autopatch import wrapping  # noqa: PLC0415 - imports wrapt
 
-    STATE.seen.append(module.__name__)
-    for name in boundaries.wrap(module, sweep=sweep):
-        if name not in STATE.wrapped:
-            STATE.wrapped.append(name)
-
-
-def _guarded(action: Callable[[], None]) -> None:
-    """Run what must not fail the import that it hangs on."""
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the import must not fail
-        STATE.error = str(error)
-        say(f"zmlx: models stay as they are loaded: {error}")
+    if module.__name__ not in STATE.seen:
+        STATE.seen.append(module.__name__)
+    wrapping.wrap(module, sweep=sweep)

@@ -17,13 +17,13 @@ def level() -> str:
         return "line"
 
 
-def say(text: str, at: str = "line") -> None:
-    """Write a line to stderr when ZMLX_LOG asks for it; never to stdout, and never fail.
+def say(text: str) -> None:
+    """Write a line to stderr unless ZMLX_LOG is off; never to stdout, and never fail.
 
     With its descriptor closed stderr is None, and `print(file=None)` would write to stdout.
     """
     stream = sys.stderr
-    if stream is None or LEVELS.index(level()) < LEVELS.index(at):
+    if stream is None or level() == "off":
         return
     try:
         stream.write(text + "\n")

@@ -16,7 +16,13 @@ import click
 
 from zmlx.profile import ProfileError, resolve_policy
 from zmlx_autopatch.launch.environment import command_environment
-from zmlx_autopatch.launch.resolve import NotExecutable, NotFound, resolve, startup_is_disabled
+from zmlx_autopatch.launch.resolve import (
+    NotExecutable,
+    NotFound,
+    foreign_interpreter,
+    resolve,
+    startup_is_disabled,
+)
 from zmlx_autopatch.speech import say
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -48,10 +54,18 @@ def run(
         _stop(str(error), NOT_FOUND)
     except NotExecutable as error:
         _stop(str(error), NOT_EXECUTABLE)
-    flag = startup_is_disabled(argv)
-    if flag is not None and not quiet:
-        say(f"zmlx: python {flag} runs without start-up files: models stay as they are loaded")
+    if not quiet:
+        _warn(argv)
     _become(argv, environment)
+
+
+def _warn(argv: list[str]) -> None:
+    flag = startup_is_disabled(argv)
+    if flag is not None:
+        say(f"zmlx: python {flag} runs without start-up files: models stay as they are loaded")
+    other = foreign_interpreter(argv)
+    if other is not None:
+        say(f"zmlx: {argv[0]} is run by {other}: install zmlx there, or its models stay stock")
 
 
 def _become(argv: list[str], environment: dict[str, str]) -> NoReturn:

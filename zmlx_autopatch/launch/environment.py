@@ -34,13 +34,6 @@ def python_path(current: str | None) -> str:
     return os.pathsep.join([ours, *kept])
 
 
-def without_site(current: str) -> str:
-    """Return PYTHONPATH without our folder."""
-    ours = site_folder()
-    entries = current.split(os.pathsep)
-    return os.pathsep.join(entry for entry in entries if not (entry and _same(entry, ours)))
-
-
 def command_environment(
     environ: Mapping[str, str], *, profile: str | None, quiet: bool, strict: bool
 ) -> dict[str, str]:

@@ -5,6 +5,8 @@
 3. a console script beside this interpreter: run by this interpreter
 4. the dotted name of a module that can be imported: `python -m`
 5. a program on PATH
+6. the name of a module without a dot: last, since the standard library has modules named `code`,
+   `test` and `this`
 
 `mlx_lm.generate` is both 3 and 4; 3 is what the user's shell runs.
 """
@@ -15,7 +17,8 @@ import os
 import re
 import shutil
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
+from typing import NoReturn
 
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*(\.exe)?$")
 
@@ -44,12 +47,13 @@ def resolve(command: str, arguments: list[str]) -> list[str]:
     script = _beside(command)
     if script is not None:
         return [*([sys.executable] if _is_python(script) else []), script, *arguments]
-    if _is_module(command):
-        return [sys.executable, "-m", command, *arguments]
+    module = [sys.executable, "-m", command, *arguments] if _is_module(command) else None
+    if module is not None and "." in command:
+        return module
     found = shutil.which(command)
-    if found is None:
-        _missing(command)
-    return [str(found), *arguments]
+    if found is not None:
+        return [found, *arguments]
+    return module or _missing(command)
 
 
 def startup_is_disabled(argv: list[str]) -> str | None:
@@ -74,6 +78,22 @@ def startup_is_disabled(argv: list[str]) -> str | None:
     return None
 
 
+def foreign_interpreter(argv: list[str]) -> str | None:
+    """Return the Python that a script names in its first line, if another environment's, or None.
+
+    A name that PATH decides (`/usr/bin/env python3`) counts as ours.
+    """
+    try:
+        with open(argv[0], "rb") as file:
+            line = file.readline(256)
+    except OSError:
+        return None
+    words = line[2:].decode(errors="replace").split() if line.startswith(b"#!") else []
+    if not words or not _PYTHON.match(os.path.basename(words[0])):
+        return None
+    return None if os.path.dirname(words[0]) == os.path.dirname(sys.executable) else words[0]
+
+
 def _executable(path: str) -> str:
     if not os.path.isfile(path):
         raise NotFound(f"{path}: no such file")
@@ -82,7 +102,7 @@ def _executable(path: str) -> str:
     return path
 
 
-def _missing(command: str) -> str:
+def _missing(command: str) -> NoReturn:
     raise NotFound(
         f"{command}: not a file, nor a command of this environment, a module, or a program on PATH"
     )
@@ -103,17 +123,28 @@ def _is_python(script: str) -> bool:
 
 def _is_module(name: str) -> bool:
     """Whether `python -m name` would find something to run, without importing anything."""
-    if not all(part.isidentifier() for part in name.split(".")):
-        return False
-    path: list[str] | None = ["", *sys.path]
-    spec: ModuleSpec | None = None
     parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return False
+    spec = None
+    path: list[str] | None = None
     for length in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:length]), path)
+        spec = _find(".".join(parts[:length]), path)
         if spec is None:
             return False
         locations = spec.submodule_search_locations
-        path = list(locations) if locations is not None else []
+        path = [] if locations is None else list(locations)
     if spec is not None and spec.submodule_search_locations is not None:
-        return PathFinder.find_spec(f"{name}.__main__", path) is not None
+        return _find(f"{name}.__main__", path) is not None
     return True
+
+
+def _find(name: str, path: list[str] | None) -> ModuleSpec | None:
+    """Ask the finders themselves: `importlib.util.find_spec` would import the parent packages."""
+    if path is None:
+        path = [os.getcwd(), *sys.path]  # the interpreter with -m starts at the current folder
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path)
+        if spec is not None:
+            return spec
+    return None
