@@ -183,7 +183,7 @@ def _language_model(
 
 def _by_blocks(model: Any, known: Table, notes: list[str]) -> str | None:
     """Use what the modules hold, whatever their classes are called."""
-    held = [(path, frozenset(m)) for path, m in _modules(model) if isinstance(m, Mapping | dict)]
+    held = [(path, frozenset(m)) for path, m in _modules(model) if isinstance(m, Mapping)]
     for family, wanted in known.holds:
         places = [next((p for p, names in held if want <= names), None) for want in wanted]
         if all(place is not None for place in places):
