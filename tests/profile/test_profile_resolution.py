@@ -440,6 +440,20 @@ def test_a_file_that_chooses_an_unknown_profile_is_named(home):
         resolve_policy(start=file.parent)
 
 
+def test_the_documented_example_means_what_it_says(home):
+    page = (ROOT / "docs" / "PROFILES.md").read_text()
+    file = project_file(home, page.partition("```toml\n")[2].partition("```")[0])
+    policy = resolve_policy(start=file.parent)
+    assert (policy.name, policy.extends) == ("ours", ("fast", "stable"))
+    assert policy.admits == {"exact", "tighter"}
+    assert not policy.allows("geglu_mlp", "exact", "llama")[0]
+    assert policy.allows("geglu_mlp", "exact", "gemma")[0]
+    assert not policy.allows("moe_mlp", "exact", "gemma")[0]
+    assert not policy.allows("swiglu_mlp", "exact", "qwen")[0]
+    assert policy.options("moe_mlp", "qwen") == {"max_tokens": 2}
+    assert policy.options("moe_mlp", "llama") == {"max_tokens": 8}
+
+
 def test_show_prints_each_value_and_its_source(home, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     file = project_file(home, 'profile = "mine"\n[profiles.mine]\noptions.moe_mlp.max_tokens = 4\n')
