@@ -15,7 +15,6 @@ from zmlx.patch.names import PATTERN_NAMES
 from zmlx.profile import ProfileError, available_profiles, resolve_policy
 from zmlx.profile.command import profile
 from zmlx.profile.resolve import ALIASES
-from zmlx_autopatch.variables import VariableError
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,7 +181,7 @@ def test_an_empty_qwen_variable_says_nothing_and_a_wrong_one_is_an_error(home, m
     monkeypatch.setenv("ZMLX_QWEN_FUSED_SWIGLU", "")
     assert resolve_policy().options("moe_mlp", "qwen") == {}
     monkeypatch.setenv("ZMLX_QWEN_FUSED_SWIGLU", "yes")
-    with pytest.raises(VariableError, match="ZMLX_QWEN_FUSED_SWIGLU='yes': expected 0 or 1"):
+    with pytest.raises(ProfileError, match="ZMLX_QWEN_FUSED_SWIGLU='yes': expected 0 or 1"):
         resolve_policy()
 
 

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from zmlx.profile.resolve import available_profiles, resolve_policy
 from zmlx.profile.schema import Policy, ProfileError
-from zmlx_autopatch.variables import VariableError
 
 #: Parts of the data that the table does not show as one row.
 _NESTED = ("sources", "options", "family", "notes")
@@ -63,7 +62,7 @@ def list_profiles() -> None:
 def _policy(name: str | None) -> Policy:
     try:
         return resolve_policy(name)
-    except (ProfileError, VariableError) as error:
+    except ProfileError as error:
         raise PolicyError(str(error)) from error
 
 

@@ -38,8 +38,8 @@ def resolve_policy(name: str | None = None, *, start: Path | None = None) -> Pol
         start: folder from which project files are looked for; default the current one.
 
     Raises:
-        ProfileError: a file is wrong, or there is no profile of that name.
-        zmlx_autopatch.variables.VariableError: one of the aliases is neither 0 nor 1.
+        ProfileError: a file is wrong, there is no profile of that name, or one of the aliases is
+            neither 0 nor 1.
     """
     files = _files(start)
     name, origin = _name(name, files)
@@ -198,7 +198,7 @@ def _policy(name: str, origin: str, chain: list[Definition], notes: tuple[str, .
     for variable, option in ALIASES.items():
         if variables.text(variable):
             path = ("family", "qwen", "options", "moe_mlp", option)
-            _put(values, path, variables.flag(variable))
+            _put(values, path, _flag(variable))
             sources[".".join(path)] = variable
     return Policy(
         name=name,
@@ -213,6 +213,13 @@ def _policy(name: str, origin: str, chain: list[Definition], notes: tuple[str, .
         sources=sources,
         notes=notes,
     )
+
+
+def _flag(variable: str) -> bool:
+    try:
+        return variables.flag(variable)
+    except variables.VariableError as error:
+        raise ProfileError(str(error)) from error
 
 
 def _leaves(
