@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 import click
-import mlx_lm
 from rich.console import Console
 
 from zmlx import backend
 from zmlx.bench.capsule import GENERATION, Run, collect, write
 from zmlx.bench.decode import measure
+from zmlx.bench.loading import load_checkpoint
 from zmlx.bench.report import show
 from zmlx.demo.prepare import prepare
 from zmlx.demo.smollm import DemoUnavailable
@@ -56,7 +56,7 @@ def main(
             subject = f"{shape} {dtype}"
             with console.status(subject) as status:
                 try:
-                    model, tokenizer = mlx_lm.load(str(prepare(home, shape, dtype)))
+                    model, tokenizer = load_checkpoint(str(prepare(home, shape, dtype)))
                 except DemoUnavailable as error:
                     sys.exit(str(error))
                 new, report = measure(

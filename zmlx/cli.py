@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("zmlx_autopatch.launch.command:run", "Start a command whose models are patched."),
     "doctor": ("zmlx.doctor.command:doctor", "Explain this environment and what zmlx does in it."),
     "validate": ("zmlx.validate.command:validate", "Compare stock and patched on one model."),
+    "bench": ("zmlx.bench.command:bench", "Read the capsules that benchmarks write."),
     "profile": ("zmlx.profile.command:profile", "Show the release policy in force."),
     "family": ("zmlx.family.command:family", "Explain how a model is recognised."),
     "native": ("zmlx.backend.cpu.command:native", "Build, describe or clear the CPU kernels."),

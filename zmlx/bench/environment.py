@@ -134,6 +134,17 @@ def accelerator() -> str:
     return str(mx.device_info().get("device_name", "GPU"))
 
 
+def nvidia_gpu() -> str:
+    """Return name and driver of the first NVIDIA GPU that the system tool reports, or nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = ran.stdout.strip().splitlines()
+    return lines[0] if ran.returncode == 0 and lines else ""
+
+
 def _cpuinfo() -> str:
     return _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
 

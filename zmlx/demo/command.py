@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx_lm
 from rich.console import Console
 
 from zmlx.bench.capsule import GENERATION, Capsule, Run, collect, write
 from zmlx.bench.decode import measure
+from zmlx.bench.loading import LoadError, load_checkpoint
 from zmlx.bench.report import show
 from zmlx.demo.answer import Answer, CommandFailed, ask
 from zmlx.demo.prepare import SHAPES, prepare
@@ -55,7 +55,7 @@ def demo(
                     for shape, dtype, n, runs in MEASURED
                 ]
             )
-    except (DemoUnavailable, CommandFailed) as error:
+    except (DemoUnavailable, CommandFailed, LoadError) as error:
         print(f"zmlx demo: {error}", file=sys.stderr)
         sys.exit(1)
     show(measured)
@@ -107,8 +107,7 @@ def _capsule(subjects: list[tuple[str, Path, int, int]]) -> Capsule:
     console = Console(stderr=True)
     for subject, folder, stock_tokens, repeats in subjects:
         with console.status(f"measuring {subject}"):
-            loaded: Any = mlx_lm.load(str(folder))
-            model, tokenizer = loaded[:2]
+            model, tokenizer = load_checkpoint(str(folder))
             made, report = measure(
                 model,
                 tokenizer.encode(_PROMPT),

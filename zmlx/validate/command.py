@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from zmlx.bench.capsule import write
+from zmlx.bench.loading import LoadError, load_checkpoint
 from zmlx.bench.report import wide_console
 from zmlx.profile import ProfileError, resolve_policy
 from zmlx.validate.compare import Comparison, compare, steps
@@ -47,7 +48,10 @@ def validate(
         resolve_policy(profile)
     except ProfileError as error:
         _refuse(str(error))
-    network, tokenizer = load(model)
+    try:
+        network, tokenizer = load_checkpoint(model)
+    except LoadError as error:
+        _refuse(str(error))
     ids = encode(tokenizer, prompt)
     if not ids:
         _refuse("the prompt has no tokens")
@@ -60,22 +64,6 @@ def validate(
     else:
         show(comparison, model, wide_console())
     sys.exit(1 if judge(comparison) else 0)
-
-
-def load(model: str) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer as mlx-lm does; exit with code 2 and one line if it fails."""
-    from mlx_lm import load as load_model  # noqa: PLC0415 - bad options are refused without it
-
-    looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
-    if looks_local and not (Path(model).expanduser() / "config.json").is_file():
-        _refuse(f"{model}: no config.json there; expected an MLX checkpoint folder or a hub name")
-    try:
-        loaded: Any = load_model(str(Path(model).expanduser()) if looks_local else model)
-    except Exception as error:  # noqa: BLE001 - whatever the loader raises is the user's to read
-        text = str(error).strip() or type(error).__name__
-        _refuse(f"{model}: mlx-lm cannot load it: {text.splitlines()[0]}")
-    network, tokenizer = loaded[:2]
-    return network, tokenizer
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,0 +1,1 @@
+"""`zmlx doctor`: what zmlx finds here, what it does with a model, and why not more."""
