@@ -27,10 +27,8 @@ from zmlx.patch import (
     patch_loaded,
     unpatch,
 )
-from zmlx.patch import (
-    model as patching,
-)
 from zmlx.patch.pattern import original_class, patterns
+from zmlx.runtime import model as patching
 
 
 def classes(model):

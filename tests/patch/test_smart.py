@@ -6,8 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from zmlx.patch import smart, smart_patch
+from zmlx.patch import smart_patch
 from zmlx.patch.pattern import original_class
+from zmlx.runtime import smart
 
 
 @pytest.fixture

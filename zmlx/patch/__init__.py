@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from zmlx.patch.names import PATTERN_NAMES
 
 if TYPE_CHECKING:
-    from zmlx.patch.model import patch, patch_loaded, unpatch
     from zmlx.patch.pattern import PatchConfig, PatchPattern
     from zmlx.patch.report import Candidate, PatchReport, PatchResult
-    from zmlx.patch.smart import smart_patch
+    from zmlx.runtime import patch, patch_loaded, smart_patch, unpatch
 
 #: Names of all patterns.
 ALL_PATTERNS = list(PATTERN_NAMES)
@@ -24,15 +23,15 @@ FUSED_ACTIVATIONS = ["swiglu_mlp", "geglu_mlp", "moe_mlp"]
 TRAINING_RECOMMENDED = list(PATTERN_NAMES)
 
 _HOMES = {
-    "patch": "model",
-    "patch_loaded": "model",
-    "unpatch": "model",
-    "PatchConfig": "pattern",
-    "PatchPattern": "pattern",
-    "Candidate": "report",
-    "PatchReport": "report",
-    "PatchResult": "report",
-    "smart_patch": "smart",
+    "patch": "zmlx.runtime",
+    "patch_loaded": "zmlx.runtime",
+    "unpatch": "zmlx.runtime",
+    "PatchConfig": "zmlx.patch.pattern",
+    "PatchPattern": "zmlx.patch.pattern",
+    "Candidate": "zmlx.patch.report",
+    "PatchReport": "zmlx.patch.report",
+    "PatchResult": "zmlx.patch.report",
+    "smart_patch": "zmlx.runtime",
 }
 
 __all__ = [
@@ -54,4 +53,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from zmlx.family import Family
 from zmlx.patch.pattern import (
     PatchConfig,
     PatchPattern,
@@ -16,7 +16,10 @@ from zmlx.patch.pattern import (
     pattern_of,
 )
 from zmlx.patch.report import Candidate
-from zmlx.profile import Policy
+
+if TYPE_CHECKING:
+    from zmlx.family import Family
+    from zmlx.profile import Policy
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from zmlx.patch.model import RESULT, ModelT, patch, unpatch
 from zmlx.patch.pattern import patterns as all_patterns
+from zmlx.runtime.model import RESULT, ModelT, patch, unpatch
 
 #: Largest change of the output, relative to its largest element, that is rounding and not an error.
 _ROUNDING = {mx.float32: 1e-3, mx.float16: 5e-2, mx.bfloat16: 1e-1}
