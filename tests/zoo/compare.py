@@ -37,7 +37,7 @@ FOLLOWING = ((64, 118), (30, 19))
 STEPS = ((71, 5), (8, 102))
 
 
-#: Errors of two roundings of the same sum differ by chance: with the errors of 1,700 logits and more
+#: Errors of two roundings of the same sum differ by chance: over the 1,700 logits and more of a run
 #: the root mean square varies by a few per cent, the largest one by more.
 SLACK_RMS = 1.1
 SLACK_WORST = 1.3

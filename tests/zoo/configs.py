@@ -106,7 +106,7 @@ def _text(config: Config, model_type: str, **more: Any) -> Config:
 
 
 def _gemma(**more: Any) -> Config:
-    return _dense(query_pre_attn_scalar=32.0, sliding_window=8, sliding_window_pattern=2, **more)
+    return _dense(query_pre_attn_scalar=32, sliding_window=8, sliding_window_pattern=2, **more)
 
 
 _LLAMA = _dense(hidden_size=192, intermediate_size=320, head_dim=48, mlp_bias=True)
@@ -498,11 +498,12 @@ CONFIGS: dict[str, Config] = {
     "muse_glimmer": _dense(layer_types=_SLIDING_FULL, sliding_window=8, output_multiplier=1.0),
     "muse_spark": _text(
         _moe(
+            num_hidden_layers=3,  # mlx-lm quantizes neither the first nor the last
             num_shared_experts=0,
             post_norm_eps=1e-8,
             rope_parameters={"rope_theta": 1e4},
-            layer_rope_theta=[1e4, 0.0],
-            layer_types=_SLIDING_FULL,
+            layer_rope_theta=[1e4, 0.0, 1e4],
+            layer_types=[*_SLIDING_FULL, "sliding_attention"],
             sliding_window=8,
             final_logit_softcapping=20.0,
             output_multiplier=1.0,
@@ -673,7 +674,7 @@ class Failure:
     Attributes:
         message: part of what it says.
         runs: the runs that raise: "alone", "ragged".
-        dtype: the only dtype for which it does; empty for all.
+        dtype: the only dtype of activations for which it does; empty for all.
         backend: the only backend on which it does; empty for all.
     """
 

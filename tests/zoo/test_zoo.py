@@ -1,7 +1,7 @@
 """Every model type of mlx-lm, patched by default, against stock and against the truth.
 
 The truth is the same model with its dequantized weights in float64. A patched model may be no
-further from it than stock is (contract `tighter`), for a prompt, cached decoding and a ragged batch;
+further from it than stock is (contract `tighter`): for a prompt, cached decoding, a ragged batch;
 after `unpatch` the logits and the classes are the very same as before.
 """
 
@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from zoo.build import build, reference
+from zoo.build import FORMS, build, made, reference
 from zoo.compare import (
     Logits,
     Verdict,
@@ -28,22 +28,11 @@ from zoo.configs import CONFIGS, CRASHES, FAILURES, NARROW, Failure, installed_t
 
 from zmlx.patch import PatchReport, patch, unpatch
 
-Quantize = dict[str, int] | None
-
-#: Name -> dtype and quantization.
-FORMS: dict[str, tuple[mx.Dtype, Quantize]] = {
-    "float32": (mx.float32, None),
-    "float32-4bit": (mx.float32, {"bits": 4, "group_size": 64}),
-    "bfloat16-4bit": (mx.bfloat16, {"bits": 4, "group_size": 32}),
-}
 RUNS: dict[str, Callable[[nn.Module], Logits]] = {"alone": alone, "ragged": ragged}
 
 #: Other widths and groups, on one dense, one routed and one latent-attention type.
 WIDTHS = [(bits, group) for bits in (2, 3, 5, 6, 8) for group in (32, 64)]
 WIDTH_TYPES = ("llama", "qwen3_moe", "deepseek_v3")
-
-#: Nothing of these is replaced when they are quantized, and the report says why.
-KEPT_STOCK: tuple[str, ...] = ()
 
 RUNNABLE = [name for name in CONFIGS if name not in CRASHES]
 
@@ -62,12 +51,13 @@ def report_of(model: nn.Module) -> PatchReport:
     return report
 
 
-def failure_of(name: str, run_name: str, dtype: mx.Dtype) -> Failure | None:
+def failure_of(name: str, run_name: str, form: str) -> Failure | None:
+    dtype, _, activations = FORMS[form]
     backend = "metal" if mx.metal.is_available() else "gpu" if mx.is_available(mx.gpu) else "cpu"
     for failure in FAILURES.get(name, ()):
         if (
             run_name in failure.runs
-            and (not failure.dtype or failure.dtype in str(dtype))
+            and (not failure.dtype or failure.dtype in str(activations or dtype))
             and (not failure.backend or failure.backend == backend)
             and not ("No Metal" in failure.message and backend == "metal")
         ):
@@ -94,10 +84,9 @@ def test_every_installed_type_has_a_configuration() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_patched_is_no_further_from_the_truth(name: str, form: str, run_name: str) -> None:
-    dtype, quantize = FORMS[form]
-    model = build(name, dtype=dtype, quantize=quantize)
+    model = made(name, form)
     function = RUNS[run_name]
-    failure = failure_of(name, run_name, dtype)
+    failure = failure_of(name, run_name, form)
     if failure is None:
         assert judged(name, model, function).complaints() == []
         return
@@ -110,12 +99,11 @@ def test_patched_is_no_further_from_the_truth(name: str, form: str, run_name: st
 @pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form][1]])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quantized_layers_are_replaced_or_refused_with_a_reason(name: str, form: str) -> None:
-    dtype, quantize = FORMS[form]
-    model = build(name, dtype=dtype, quantize=quantize)
+    model = made(name, form)
     parameters = {id(p) for _, p in tree_flatten(model.parameters())}
     patch(model)
     report = report_of(model)
-    assert bool(report.patched_count) == (name not in KEPT_STOCK), report.summary()
+    assert report.patched_count, report.summary()
     assert all(candidate.reason for candidate in report.candidates)
     assert {id(p) for _, p in tree_flatten(model.parameters())} == parameters
 
@@ -131,9 +119,9 @@ def test_other_widths_and_groups(name: str, dtype: mx.Dtype, bits: int, group_si
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_compiled_graphs_give_the_same(name: str) -> None:
     """The other tests run uncompiled, to see the choices; mlx-lm itself compiles parts."""
-    if failure_of(name, "alone", mx.float32):
+    if failure_of(name, "alone", "float32-4bit"):
         return
-    model = patch(build(name, quantize={"bits": 4, "group_size": 64}))
+    model = patch(made(name, "float32-4bit"))
     seen = run(alone, model).logits
     assert error(alone(model), seen).worst < 1e-4
 
@@ -183,18 +171,16 @@ def nan(module: nn.Module) -> None:
 def test_a_wrong_layer_is_noticed(
     name: str, path: str, damage: Callable[[nn.Module], None], form: str, run_name: str
 ) -> None:
-    dtype, quantize = FORMS[form]
-    model, function = build(name, dtype=dtype, quantize=quantize), RUNS[run_name]
+    model, function = made(name, form), RUNS[run_name]
     truth, stock = reference(model, mx.float64), run(function, model)
     damage(dict(model.named_modules())[path])
     assert judge(function, truth, stock, run(function, model)).complaints()
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form][0] == mx.float32])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "bfloat16-4bit"])
 @pytest.mark.parametrize("projection", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
 def test_five_per_cent_of_one_projection_is_noticed(projection: str, form: str) -> None:
-    dtype, quantize = FORMS[form]
-    model = build("llama", dtype=dtype, quantize=quantize)
+    model = made("llama", form)
     truth, stock = reference(model, mx.float64), run(alone, model)
     scaled(dict(model.named_modules())[f"model.layers.0.{projection}"])
     assert judge(alone, truth, stock, run(alone, model)).complaints()
