@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import sys
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -90,6 +91,7 @@ def gated_function(function: Any) -> tuple[str, int] | None:
     return activation, forward.parameters.index(str(names[0]))
 
 
+@cache
 def gated_products(forward: Forward) -> list[GatedProduct]:
     """Find the gated products of two projections of the same input."""
     found = []
@@ -106,6 +108,7 @@ def gated_products(forward: Forward) -> list[GatedProduct]:
     return found
 
 
+@cache
 def combinations(forward: Forward) -> list[Combination]:
     """Find the weighted sums over the experts of a token."""
     found = []

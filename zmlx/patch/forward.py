@@ -31,7 +31,7 @@ class ForwardRefused(Exception):
     """A forward cannot be read, or is not the one its library defined; the text says which."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forward:
     """A function as it was defined, with the syntax tree that it was compiled from."""
 
@@ -74,6 +74,10 @@ def _source(filename: str, text: str) -> _Source:
     return _Source(functions, [node for node in imports if not _is_future(node)])
 
 
+#: id of a code object -> the code object, and its forward; all layers of a model share one
+_PARSED: dict[int, tuple[CodeType, Forward]] = {}
+
+
 def parse(function: Any) -> Forward:
     """Parse a function, or what `mx.compile` made of one.
 
@@ -83,6 +87,9 @@ def parse(function: Any) -> Forward:
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
         raise ForwardRefused(f"{function!r} is not written in Python")
+    known = _PARSED.get(id(code))
+    if known is not None and known[1].function is function:
+        return known[1]
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
         source = _source(code.co_filename, text)
@@ -93,7 +100,9 @@ def parse(function: Any) -> Forward:
         raise ForwardRefused(f"{code.co_name} has no source at {code.co_filename}")
     if _identity(_compile(definition, source.imports, code.co_filename)) != _identity(code):
         raise ForwardRefused(f"the source of {code.co_name} is not what runs")
-    return Forward(function, definition, source.imports)
+    forward = Forward(function, definition, source.imports)
+    _PARSED[id(code)] = (code, forward)
+    return forward
 
 
 def own_forward(cls: type) -> Forward:
