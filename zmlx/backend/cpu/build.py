@@ -243,7 +243,7 @@ def mlx_extension() -> Path:
 
 def mlx_version() -> str:
     """Return the version of the mlx that is loaded."""
-    return str(mx.__version__)
+    return str(vars(mx)["__version__"])
 
 
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
+from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
+from zmlx.backend.cpu import build as building
 from zmlx.backend.cpu import native as library
 
 
@@ -19,29 +18,38 @@ def native() -> None:
 
 
 @native.command()
-def build() -> None:
-    """Compile the kernels now, if they are not there yet."""
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Compile into this folder, to ship the library; by default into the cache.",
+)
+def build(into: Path | None) -> None:
+    """Compile the kernels now, if they are not there yet; print the library's path."""
     started = time.perf_counter()
     try:
-        module = library.load()
-    except library.NativeUnavailable as refusal:
+        if into is None:
+            library.forget()
+            path = str(library.load().__file__)
+        else:
+            into.mkdir(parents=True, exist_ok=True)
+            path = str(building.build(into, building.find_compiler()))
+    except (library.NativeUnavailable, OSError) as refusal:
         raise click.ClickException(str(refusal)) from refusal
-    click.echo(f"{module.__file__}")
+    click.echo(path)
     click.echo(f"zmlx: ready after {time.perf_counter() - started:.1f} s", err=True)
 
 
 @native.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool) -> None:
-    """Say which kernels there are, where, and how they were built."""
+    """Say which kernels there are, where, and how they were built; builds nothing."""
     facts = describe()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    table = Table(show_header=False, box=None)
     for key, value in facts.items():
-        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-    Console(file=sys.stdout, soft_wrap=True).print(table)
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        click.echo(f"{key:<12}{text}")
 
 
 @native.command()
@@ -51,20 +59,19 @@ def clear() -> None:
 
 
 def describe() -> dict[str, object]:
-    """Return what is known of the library, without building it."""
+    """Return what is known of the library, without building it.
+
+    The keys are `cache`; `library`, `built`, `compiler` and `version` unless this machine can have
+    no library; those of the library's own `info()` when it is built; and `unavailable`, the reason,
+    when something is missing.
+    """
     facts: dict[str, object] = {"cache": str(library.cache_folder())}
     try:
-        spec = library.describe()
-        facts |= {"compiler": spec.compiler, "version": spec.version, "key": spec.key}
-        facts |= {"library": str(spec.library), "built": spec.library.is_file()}
-        if spec.library.is_file() or library.BUNDLED.is_dir():
-            module = library.load()
-            facts |= {
-                "loaded": str(module.__file__),
-                "kernels": module.kernels(),
-                "available": module.available_kernels(),
-                "threads": module.num_threads(),
-            }
+        found = library.find()
+        facts |= {"library": str(found.library), "built": found.present}
+        facts |= {"compiler": found.compiler, "version": found.version}
+        if found.present:
+            facts |= library.load().info()
     except library.NativeUnavailable as refusal:
         facts["unavailable"] = str(refusal)
     return facts

@@ -1,4 +1,4 @@
-"""The native library of CPU kernels: found in the package or the cache, or built there; loaded once.
+"""The native CPU kernels: found in the package or the cache, or built there; loaded once.
 
 A library is kept under a key of everything that it depends on, and moved there whole, after it has
 passed its self-test. Whatever goes wrong on the way is a `NativeUnavailable` with the reason; the
@@ -28,7 +28,16 @@ from zmlx.backend.cpu.build import NativeUnavailable
 from zmlx.backend.cpu.threads import default_threads
 from zmlx_autopatch import variables
 
-__all__ = ["Found", "NativeUnavailable", "cache_folder", "clear", "find", "forget", "load"]
+__all__ = [
+    "Found",
+    "NativeUnavailable",
+    "cache_folder",
+    "clear",
+    "find",
+    "forget",
+    "load",
+    "open_library",
+]
 
 #: A library that was built into the package.
 BUNDLED = Path(__file__).parent / "lib"
@@ -138,7 +147,7 @@ def _load(announce: Callable[[str], None]) -> ModuleType:
     if not found.present:
         return _build_and_load(found, announce)
     try:
-        module = _import(found.library)
+        module = open_library(found.library)
     except NativeUnavailable:
         if not found.compiler:
             raise
@@ -156,19 +165,17 @@ def _build_and_load(found: Found, announce: Callable[[str], None]) -> ModuleType
     with lock:
         if not building.fits(found.library):
             _build_in_place(found, announce)
-    return _import(found.library)
+    return open_library(found.library)
 
 
-def _load_for_this_run(
-    found: Found, announce: Callable[[str], None], error: OSError
-) -> ModuleType:
+def _load_for_this_run(found: Found, announce: Callable[[str], None], error: OSError) -> ModuleType:
     """Build in a private folder that goes as soon as the library is loaded."""
     announce(
         f"zmlx: cannot write to {cache_folder()} ({error.strerror}): compiling the CPU kernels for "
         "this run only; ZMLX_CACHE_DIR names a folder that keeps them"
     )
     with tempfile.TemporaryDirectory(prefix="zmlx-native-") as folder:
-        return _import(building.build(Path(folder), found.compiler))
+        return open_library(building.build(Path(folder), found.compiler))
 
 
 def _build_in_place(found: Found, announce: Callable[[str], None]) -> None:
@@ -213,7 +220,7 @@ def _lock(found: Found) -> contextlib.AbstractContextManager[None]:
     return held()
 
 
-def _import(library: Path) -> ModuleType:
+def open_library(library: Path) -> ModuleType:
     """Load a library and set its number of threads.
 
     Raises:

@@ -14,6 +14,17 @@ using namespace nb::literals;
 using mlx::core::array;
 using Optional = std::optional<array>;
 
+// Names of the kernels that this processor runs, best first.
+static nb::list available_kernels() {
+  nb::list names;
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
+    if (zmlx::kernels_named(name) != nullptr) {
+      names.append(name);
+    }
+  }
+  return names;
+}
+
 NB_MODULE(_zmlx_cpu, m) {
   nb::module_::import_("mlx.core");
   zmlx::set_kernels(zmlx::kernels_best());
@@ -128,13 +139,12 @@ NB_MODULE(_zmlx_cpu, m) {
         zmlx::set_kernels(chosen);
       },
       "name"_a);
-  m.def("available_kernels", [] {
-    nb::list names;
-    for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
-      if (zmlx::kernels_named(name) != nullptr) {
-        names.append(name);
-      }
-    }
-    return names;
+  m.def("available_kernels", &available_kernels);
+  m.def("info", [] {
+    nb::dict facts;
+    facts["kernels"] = zmlx::kernels().name;
+    facts["available"] = available_kernels();
+    facts["threads"] = zmlx::num_threads();
+    return facts;
   });
 }

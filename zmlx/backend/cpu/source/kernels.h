@@ -52,8 +52,9 @@ struct Batch {
 struct Kernels {
   const char* name;
 
-  // Bytes of `Batch::data` for one row of activations of `type`, for weights like `weight`.
-  size_t (*row_size)(const Weight& weight, Float type);
+  // Bytes of `Batch::data` for each of `count` rows of activations of `type`, for weights like
+  // `weight`; at most the larger of those for one row and for more.
+  size_t (*row_size)(const Weight& weight, Float type, int64_t count);
 
   // Write row `row` of a batch from activations x[0..K) of `type`.
   void (*pack)(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row);

@@ -510,8 +510,11 @@ void multiply(
   }
 }
 
-size_t row_size(const Weight& weight, Float) {
-  return size_t(padded(weight.inputs)) * 3 * sizeof(uint16_t);
+size_t row_size(const Weight& weight, Float type, int64_t count) {
+  if (panels(count)) {
+    return size_t(weight.inputs) * (in_bf16(type) ? 2 : 4);
+  }
+  return size_t(padded(weight.inputs)) * parts_of(type) * sizeof(uint16_t);
 }
 
 size_t scratch_size(const Weight& weight, Float type, int64_t count) {

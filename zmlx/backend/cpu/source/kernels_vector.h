@@ -127,7 +127,7 @@ void multiply(
   }
 }
 
-size_t row_size(const Weight& weight, Float) {
+size_t row_size(const Weight& weight, Float, int64_t) {
   return size_t(weight.inputs) * sizeof(float);
 }
 

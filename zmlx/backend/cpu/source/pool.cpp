@@ -3,11 +3,13 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,6 +17,8 @@
 
 namespace zmlx {
 namespace {
+
+using Work = std::function<void(int64_t, int)>;
 
 // Between the operations of one decode step lie tens of microseconds; waking a sleeping thread
 // takes about as long as a small operation.
@@ -28,20 +32,22 @@ void pause() {
 #endif
 }
 
+// Pass the time of one turn of waiting; the processor goes to others now and then.
+void rest(int turn) {
+  pause();
+  if (turn % 256 == 0) {
+    sched_yield();
+  }
+}
+
+// Threads are added as more are asked for, and never end: those too many only sleep.
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads) {
-    for (int worker = 1; worker < threads; ++worker) {
-      std::thread([this, worker] { serve(worker); }).detach();
-    }
-  }
-
-  int threads() const {
-    return threads_;
-  }
-
-  void run(int64_t tasks, const std::function<void(int64_t, int)>& work) {
+  void run(int64_t tasks, int threads, const Work& work) {
+    add_threads(threads);
     work_ = &work;
+    failure_ = nullptr;
+    active_.store(threads, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     tickets_.store(uint64_t(tasks) << 32, std::memory_order_release);
     round_.fetch_add(1, std::memory_order_seq_cst);
@@ -53,9 +59,24 @@ class Pool {
     for (int turn = 1; done_.load(std::memory_order_acquire) < tasks; ++turn) {
       rest(turn);
     }
+    if (failure_) {
+      std::rethrow_exception(failure_);
+    }
   }
 
  private:
+  void add_threads(int threads) {
+    for (; threads_ < threads; ++threads_) {
+      try {
+        std::thread([this, worker = threads_, seen = round_.load()] {
+          serve(worker, seen);
+        }).detach();
+      } catch (const std::system_error&) {
+        return; // the system allows no more: fewer threads do the work
+      }
+    }
+  }
+
   // A ticket holds the number of tasks and the next one, so that a thread that comes late cannot
   // take one number for the other's round. A task that is taken keeps its round from ending.
   void take(int worker) {
@@ -65,16 +86,22 @@ class Pool {
       if (task >= int64_t(ticket >> 32)) {
         return;
       }
-      (*work_)(task, worker);
+      try {
+        (*work_)(task, worker);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(failing_);
+        failure_ = std::current_exception();
+      }
       done_.fetch_add(1, std::memory_order_release);
     }
   }
 
-  void serve(int worker) {
-    uint32_t seen = 0;
+  void serve(int worker, uint32_t seen) {
     while (true) {
       seen = await(seen);
-      take(worker);
+      if (worker < active_.load(std::memory_order_relaxed)) {
+        take(worker);
+      }
     }
   }
 
@@ -86,23 +113,18 @@ class Pool {
       rest(turn);
       if (turn % 64 == 0 && std::chrono::steady_clock::now() > until) {
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        round_.wait(seen, std::memory_order_acquire);
+        round_.wait(seen, std::memory_order_seq_cst);
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
       }
     }
     return now;
   }
 
-  // Pass the time of one turn of waiting; the processor goes to others now and then.
-  static void rest(int turn) {
-    pause();
-    if (turn % 256 == 0) {
-      sched_yield();
-    }
-  }
-
-  const int threads_;
-  const std::function<void(int64_t, int)>* work_ = nullptr;
+  int threads_ = 1; // the calling one
+  const Work* work_ = nullptr;
+  std::mutex failing_;
+  std::exception_ptr failure_;
+  std::atomic<int> active_{1};
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
@@ -112,16 +134,16 @@ class Pool {
 std::atomic<int> wanted{1};
 
 // Never freed: its threads may outlive the static objects of a process that exits. A forked child
-// has no threads, and its pool starts anew.
-struct State {
+// has none of its parent's threads, so it starts anew.
+struct Shared {
   std::mutex busy;
-  Pool* pool = nullptr;
+  Pool pool;
 };
 
-State* state = new State;
+Shared* shared = new Shared;
 
 void after_fork() {
-  state = new State;
+  shared = new Shared;
 }
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork);
@@ -129,27 +151,24 @@ void after_fork() {
 } // namespace
 
 void set_num_threads(int count) {
-  wanted.store(count < 1 ? 1 : count);
+  wanted.store(std::clamp(count, 1, kMaxThreads));
 }
 
 int num_threads() {
   return wanted.load();
 }
 
-void parallel(int64_t tasks, const std::function<void(int64_t, int)>& work) {
-  State& shared = *state;
-  std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
+void parallel(int64_t tasks, const Work& work) {
   const int threads = num_threads();
-  if (!lock.owns_lock() || threads == 1 || tasks == 1) {
+  Shared& here = *shared;
+  std::unique_lock<std::mutex> lock(here.busy, std::defer_lock);
+  if (threads == 1 || tasks <= 1 || !lock.try_lock()) {
     for (int64_t task = 0; task < tasks; ++task) {
       work(task, 0);
     }
     return;
   }
-  if (shared.pool == nullptr || shared.pool->threads() != threads) {
-    shared.pool = new Pool(threads); // the threads of an earlier one sleep for good
-  }
-  shared.pool->run(tasks, work);
+  here.pool.run(tasks, threads, work);
 }
 
 } // namespace zmlx

@@ -6,13 +6,16 @@
 
 namespace zmlx {
 
-// Threads that the next calls of `parallel` use, the calling one included. At least one.
+constexpr int kMaxThreads = 256;
+
+// Threads that the next calls of `parallel` use, the calling one included: 1 to kMaxThreads.
 void set_num_threads(int count);
 int num_threads();
 
 // Call work(task, worker) once for every task in [0, tasks), on several threads. `worker` is below
-// num_threads() and names the thread. Tasks are taken in order as threads become free. Returns
-// when all are done. A call while another is under way runs on the calling thread alone.
+// kMaxThreads and names the thread. Tasks are taken in order as threads become free. Returns when
+// all are done, and throws what one of them threw. A call while another is under way runs on the
+// calling thread alone.
 void parallel(int64_t tasks, const std::function<void(int64_t task, int worker)>& work);
 
 } // namespace zmlx

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -15,18 +16,29 @@ namespace {
 
 const Kernels* chosen_kernels = nullptr;
 
-// Memory that a thread keeps between operations; it only grows.
+// Memory that a thread keeps between operations, unless it is large.
 class Buffer {
  public:
   void* reserve(size_t bytes) {
     if (bytes > size_) {
       memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      size_ = bytes;
+      size_ = memory_ ? bytes : 0;
+      if (!memory_) {
+        throw std::bad_alloc();
+      }
     }
     return memory_.get();
   }
 
+  void trim() {
+    if (size_ > kKept) {
+      memory_.reset();
+      size_ = 0;
+    }
+  }
+
  private:
+  static constexpr size_t kKept = size_t(8) << 20;
   std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
   size_t size_ = 0;
 };
@@ -34,23 +46,47 @@ class Buffer {
 // What one operation needs beside its operands. Each stream of MLX has its own thread.
 struct Workspace {
   Buffer packed, sums;
-  std::vector<Buffer> scratch, results, extra;
-
-  Workspace& for_threads() {
-    const size_t threads = size_t(num_threads());
-    if (scratch.size() < threads) {
-      scratch.resize(threads);
-      results.resize(threads);
-      extra.resize(threads);
-    }
-    return *this;
-  }
+  std::vector<Buffer> scratch{kMaxThreads}, results{kMaxThreads}, extra{kMaxThreads};
 };
 
-Workspace& workspace() {
-  thread_local Workspace own;
-  return own.for_threads();
-}
+// Lends the calling thread's workspace to one operation.
+class Lent {
+ public:
+  Lent() : space_(own(0)), second_(own(1)) {}
+
+  Lent(const Lent&) = delete;
+  Lent& operator=(const Lent&) = delete;
+
+  ~Lent() {
+    for (Workspace* space : {&space_, &second_}) {
+      space->packed.trim();
+      space->sums.trim();
+    }
+    for (auto* buffers : {&space_.scratch, &space_.results, &space_.extra}) {
+      for (int worker = 0; worker < num_threads(); ++worker) {
+        (*buffers)[worker].trim();
+      }
+    }
+  }
+
+  Workspace& operator*() {
+    return space_;
+  }
+
+  // For activations that are packed in two ways.
+  Workspace& second() {
+    return second_;
+  }
+
+ private:
+  static Workspace& own(int index) {
+    thread_local Workspace spaces[2];
+    return spaces[index];
+  }
+
+  Workspace& space_;
+  Workspace& second_;
+};
 
 float activate(Activation activation, float x) {
   switch (activation) {
@@ -99,7 +135,7 @@ Plan plan_of(const Routing& routing, int64_t experts) {
 // One batch of all rows.
 Batch pack_all(const Weight& like, const Rows& x, Workspace& space) {
   Batch batch{x.count, x.width, nullptr, nullptr};
-  batch.data = space.packed.reserve(kernels().row_size(like, x.type) * x.count);
+  batch.data = space.packed.reserve(kernels().row_size(like, x.type, x.count) * x.count);
   batch.sums = static_cast<float*>(
       space.sums.reserve(sizeof(float) * size_t(like.groups()) * x.count));
   const int64_t per_task = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, x.width));
@@ -117,7 +153,8 @@ std::vector<Batch> pack_segments(
     const Weight& like, const Routing& routing, const Plan& plan, const Rows& x, Workspace& space) {
   const bool shared = plan.largest == 1;
   const int64_t rows = shared ? x.count : routing.count;
-  const size_t row_bytes = kernels().row_size(like, x.type);
+  const size_t row_bytes = std::max(
+      kernels().row_size(like, x.type, 1), kernels().row_size(like, x.type, plan.largest));
   char* data = static_cast<char*>(space.packed.reserve(row_bytes * rows));
   float* sums =
       static_cast<float*>(space.sums.reserve(sizeof(float) * size_t(like.groups()) * rows));
@@ -223,7 +260,8 @@ void set_kernels(const Kernels* chosen) {
 }
 
 void product(const Weight& weight, Bias bias, const Rows& x, const Rows& out) {
-  Workspace& space = workspace();
+  Lent lent;
+  Workspace& space = *lent;
   const Batch batch = pack_all(weight, x, space);
   const int64_t width = slice_width(weight.rows, 1);
   parallel(slices(weight.rows, width), [&](int64_t slice, int worker) {
@@ -246,11 +284,11 @@ void gated_product(
     Activation activation,
     const Rows& x,
     const Rows& out) {
-  Workspace& space = workspace();
+  Lent lent;
+  Workspace& space = *lent;
   const Batch gate_batch = pack_all(gate_weight, x, space);
-  thread_local Workspace second;
   const Batch up_batch =
-      same_packing(gate_weight, up_weight) ? gate_batch : pack_all(up_weight, x, second);
+      same_packing(gate_weight, up_weight) ? gate_batch : pack_all(up_weight, x, lent.second());
   const int64_t width = slice_width(gate_weight.rows, 1);
   parallel(slices(gate_weight.rows, width), [&](int64_t slice, int worker) {
     const int64_t first = slice * width, last = std::min(gate_weight.rows, first + width);
@@ -271,7 +309,8 @@ void gated_product(
 
 void gather_product(
     const Experts& experts, const Routing& routing, const Rows& x, const Rows& out) {
-  Workspace& space = workspace();
+  Lent lent;
+  Workspace& space = *lent;
   const Plan plan = plan_of(routing, experts.count);
   const std::vector<Batch> batches = pack_segments(experts.weight, routing, plan, x, space);
   const int64_t rows = experts.weight.rows;
@@ -298,13 +337,13 @@ void gather_gated_product(
     const Routing& routing,
     const Rows& x,
     const Rows& out) {
-  Workspace& space = workspace();
+  Lent lent;
+  Workspace& space = *lent;
   const Plan plan = plan_of(routing, gates.count);
   const std::vector<Batch> gate_batches = pack_segments(gates.weight, routing, plan, x, space);
-  thread_local Workspace second;
   const std::vector<Batch> up_batches = same_packing(gates.weight, ups.weight)
       ? gate_batches
-      : pack_segments(ups.weight, routing, plan, x, second);
+      : pack_segments(ups.weight, routing, plan, x, lent.second());
   const int64_t rows = gates.weight.rows;
   const int64_t width = slice_width(rows, int64_t(plan.segments.size()));
   const int64_t per_segment = slices(rows, width);
@@ -334,7 +373,8 @@ void gather_combine(
     int64_t top_k,
     const Rows& x,
     const Rows& out) {
-  Workspace& space = workspace();
+  Lent lent;
+  Workspace& space = *lent;
   const Plan plan = plan_of(routing, experts.count);
   const std::vector<Batch> batches = pack_segments(experts.weight, routing, plan, x, space);
   const int64_t rows = experts.weight.rows;
