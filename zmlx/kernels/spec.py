@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -119,7 +119,8 @@ def relative_error(value: mx.array, truth: mx.array) -> float:
     """Return max |value - truth| / max |truth|; NaN when either holds one."""
     truth = truth.astype(mx.float32)
     scale = mx.maximum(mx.max(mx.abs(truth)), 1e-30)
-    return float((mx.max(mx.abs(value.astype(mx.float32) - truth)) / scale).item())
+    error = mx.max(mx.abs(value.astype(mx.float32) - truth)) / scale
+    return cast(float, error.item())
 
 
 @cache

@@ -136,7 +136,7 @@ def _combination(forward: Forward, first: ast.stmt, second: ast.stmt) -> Combina
         return None
     for node in ast.walk(second):
         weights = _weighted_sum(node, outputs)
-        if weights is None:
+        if weights is None or not isinstance(node, ast.Call):
             continue
         cast = _cast_of(second, node)
         keeps_dtype = cast is not None and ast.dump(cast.args[0]) == _dtype_of(outputs)
@@ -144,16 +144,7 @@ def _combination(forward: Forward, first: ast.stmt, second: ast.stmt) -> Combina
         if _reads(forward.tree, outputs, after=first) != _reads(whole, outputs):
             return None  # the outputs of the single experts are used elsewhere too
         x, indices = first.value.args
-        return Combination(
-            first,
-            second,
-            whole,
-            experts,
-            x,
-            indices,
-            weights,
-            keeps_dtype,  # type: ignore[arg-type]
-        )
+        return Combination(first, second, whole, experts, x, indices, weights, keeps_dtype)
     return None
 
 
@@ -217,13 +208,13 @@ def _dtype_of(name: str) -> str:
 
 def _reads(tree: ast.AST, name: str, after: ast.stmt | None = None) -> int:
     """Count the reads of a name, from the statement `after` on up to its next assignment."""
-    start = (after.end_lineno, after.end_col_offset) if after is not None else (0, 0)
+    start = (0, 0) if after is None else (after.end_lineno or 0, after.end_col_offset or 0)
     nodes = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.Name)
         and node.id == name
-        and (node.lineno, node.col_offset) >= start  # type: ignore[operator]
+        and (node.lineno, node.col_offset) >= start
     ]
     stores = [(node.lineno, node.col_offset) for node in nodes if isinstance(node.ctx, ast.Store)]
     # The statement that assigns the name again reads it first.

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from zmlx.kernels.spec import relative_error
 from zmlx.patch.pattern import patterns as all_patterns
 from zmlx.runtime.model import RESULT, ModelT, patch, unpatch
 
@@ -139,9 +140,7 @@ def _close(values: list[mx.array], stock: list[mx.array]) -> bool:
     for value, expected in zip(values, stock, strict=True):
         if value.shape != expected.shape:
             return False
-        wide, truth = value.astype(mx.float32), expected.astype(mx.float32)
-        scale = max(float(mx.max(mx.abs(truth)).item()), 1e-30)
-        error = float(mx.max(mx.abs(wide - truth)).item()) / scale
+        error = relative_error(value, expected)
         if not error <= _ROUNDING.get(expected.dtype, 0.0):
             return False
     return True

@@ -86,7 +86,7 @@ def _experts_refusal(experts: nn.Module, config: PatchConfig) -> str | None:
         return str(refusal)
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = experts.get(name)
-        if not _is(layer, "QuantizedSwitchLinear"):
+        if layer is None or not _is(layer, "QuantizedSwitchLinear"):
             return f"{name}: {type(layer).__name__} is not a QuantizedSwitchLinear"
         reason = affine(layer) or ("has a bias" if "bias" in layer else None)
         if reason is not None:
