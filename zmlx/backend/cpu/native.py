@@ -86,7 +86,9 @@ def load(*, announce: Callable[[str], None] | None = None) -> ModuleType:
     with _LOADED.lock:
         if _LOADED.module is None and _LOADED.refusal is None:
             try:
+                threads = default_threads()
                 _LOADED.module = _load(announce or _print)
+                _LOADED.module.set_num_threads(threads)
             except NativeUnavailable as refusal:
                 _LOADED.refusal = refusal
             except (OSError, variables.VariableError) as error:
@@ -221,7 +223,7 @@ def _lock(found: Found) -> contextlib.AbstractContextManager[None]:
 
 
 def open_library(library: Path) -> ModuleType:
-    """Load a library and set its number of threads.
+    """Load a library; it uses one thread until told otherwise.
 
     Raises:
         NativeUnavailable: it is not a library, or lacks something that it needs.
@@ -234,7 +236,6 @@ def open_library(library: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise NativeUnavailable(f"{library} does not load: {error}") from error
-    module.set_num_threads(default_threads())
     return module
 
 
