@@ -1,6 +1,6 @@
 """Logits of a model over a prompt, cached decoding and a ragged batch, and their errors.
 
-`alone` is one sequence. `ragged` is what mlx-lm's batch generation does with prompts of different
+`alone` is one sequence, `long` one with a longer prompt. `ragged` is what mlx-lm's batch generation does with prompts of different
 lengths: the first part is padded on the right, the caches then move the padding to the left, and
 everything that follows (here a second part of the prompts, then single tokens) runs left-padded.
 
@@ -14,7 +14,7 @@ everything that follows (here a second part of the prompts, then single tokens) 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ Logits = npt.NDArray[np.float64]
 #: The prompt (7 tokens) and the tokens that are fed one by one after it.
 PROMPT = (11, 95, 3, 152, 27, 64, 118)
 DECODED = (71, 8, 133, 40)
+
+#: A prompt longer than the sliding windows, and long enough for experts to be visited in order.
+LONG = tuple((17 * i * i + 5 * i + 3) % 151 for i in range(40))
 
 #: Two prompts of different lengths, then what follows in both: two tokens at once, two singly.
 RAGGED = ((11, 95, 3, 152, 27), (88, 7, 144))
@@ -107,7 +110,7 @@ class Verdict:
 
 
 def run(function: Callable[[nn.Module], Logits], model: nn.Module) -> Run:
-    """Run `alone` or `ragged`; without compilation, so that the choices are seen."""
+    """Run `alone`, `long` or `ragged`; without compilation, so that the choices are seen."""
     with _uncompiled(), choices() as made:
         return Run(function(model), made)
 
@@ -144,12 +147,12 @@ def _uncompiled() -> Iterator[None]:
 
 def alone(model: nn.Module) -> Logits:
     """Return the logits of the prompt's positions and of each decoded token: (11, vocab)."""
-    cache = make_prompt_cache(model)
-    steps = [model(mx.array([PROMPT]), cache=cache)[0]]
-    for token in DECODED:
-        mx.eval(steps)
-        steps.append(model(mx.array([[token]]), cache=cache)[0])
-    return _stacked(steps)
+    return _sequence(model, PROMPT, DECODED)
+
+
+def long(model: nn.Module) -> Logits:
+    """Return the logits of a long prompt and of two decoded tokens: (42, vocab)."""
+    return _sequence(model, LONG, DECODED[:2])
 
 
 def ragged(model: nn.Module) -> Logits:
@@ -178,6 +181,15 @@ def error(logits: Logits, truth: Logits) -> Error:
     """Return how far logits are from the truth."""
     difference = np.abs(logits - truth) / truth.std()
     return Error(float(np.sqrt((difference**2).mean())), float(difference.max()))
+
+
+def _sequence(model: nn.Module, prompt: Sequence[int], decoded: Sequence[int]) -> Logits:
+    cache = make_prompt_cache(model)
+    steps = [model(mx.array([prompt]), cache=cache)[0]]
+    for token in decoded:
+        mx.eval(steps)
+        steps.append(model(mx.array([[token]]), cache=cache)[0])
+    return _stacked(steps)
 
 
 def _batched_caches(model: nn.Module, rows: int) -> list[Any]:

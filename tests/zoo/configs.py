@@ -673,13 +673,13 @@ class Failure:
 
     Attributes:
         message: part of what it says.
-        runs: the runs that raise: "alone", "ragged".
+        runs: the runs that raise: "alone", "long", "ragged".
         dtype: the only dtype of activations for which it does; empty for all.
         backend: the only backend on which it does; empty for all.
     """
 
     message: str
-    runs: tuple[str, ...] = ("alone", "ragged")
+    runs: tuple[str, ...] = ("alone", "long", "ragged")
     dtype: str = ""
     backend: str = ""
 
@@ -692,7 +692,7 @@ FAILURES: dict[str, tuple[Failure, ...]] = {
     # Caches that have no batched form.
     "deepseek_v41": (
         Failure("LayerCache has no merge", ("ragged",)),
-        Failure("Currently only supports float32", ("alone",), "bfloat16", "cpu"),
+        Failure("Currently only supports float32", ("alone", "long"), "bfloat16", "cpu"),
     ),
     "llama4": (Failure("ChunkedKVCache has no merge", ("ragged",)),),
     # A position embedding that takes one offset for the whole batch.
@@ -700,7 +700,7 @@ FAILURES: dict[str, tuple[Failure, ...]] = {
     # Layers without attention keep an empty cache, which cannot be moved.
     "nemotron-nas": (Failure("'NoneType' object has no attribute 'shape'", ("ragged",)),),
     # Adds the mask, which for a lone prompt is the word "causal".
-    "olmo": (Failure("Cannot perform inplace addition", ("alone",)),),
+    "olmo": (Failure("Cannot perform inplace addition", ("alone", "long")),),
 }
 
 #: Types whose stock forward corrupts the heap of the process on CPU (mlx 0.32.4): never run there.

@@ -1,7 +1,7 @@
 """Print what `patch` does to every model type as a Markdown table: `python -m zoo.table [TYPE]`.
 
 Run it in `tests/`. Errors are root mean squares against the float64 truth on the same choices, over
-the standard deviation of the logits, stock -> patched, of a lone sequence and of a ragged batch.
+the standard deviation of the logits, stock -> patched: a sequence; a long one; a ragged batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 from zoo.build import FORMS, made, reference
-from zoo.compare import Logits, alone, judge, ragged, run
+from zoo.compare import Logits, alone, judge, long, ragged, run
 from zoo.configs import CONFIGS, CRASHES, NARROW
 
 from zmlx.patch import PatchReport, patch, unpatch
@@ -29,7 +29,9 @@ def main(names: list[str]) -> None:
         cells = []
         for form in FORMS:
             model = made(name, form)
-            cells.append("; ".join(_errors(name, model, f, outcomes) for f in (alone, ragged)))
+            cells.append(
+                "; ".join(_errors(name, model, f, outcomes) for f in (alone, long, ragged))
+            )
         report: PatchReport = patch(model)._zmlx_patch_result
         counts = ", ".join(f"{key} {n}" for key, n in sorted(report.pattern_counts.items()))
         print("|", " | ".join([name, report.family, counts or "-", _refused(report), *cells]), "|")

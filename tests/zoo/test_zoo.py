@@ -21,14 +21,16 @@ from zoo.compare import (
     alone,
     error,
     judge,
+    long,
     ragged,
     run,
 )
 from zoo.configs import CONFIGS, CRASHES, FAILURES, NARROW, Failure, installed_types
 
+from zmlx.kernels.spec import KernelSpec
 from zmlx.patch import PatchReport, patch, unpatch
 
-RUNS: dict[str, Callable[[nn.Module], Logits]] = {"alone": alone, "ragged": ragged}
+RUNS: dict[str, Callable[[nn.Module], Logits]] = {"alone": alone, "long": long, "ragged": ragged}
 
 #: Other widths and groups, on one dense, one routed and one latent-attention type.
 WIDTHS = [(bits, group) for bits in (2, 3, 5, 6, 8) for group in (32, 64)]
@@ -184,6 +186,38 @@ def test_five_per_cent_of_one_projection_is_noticed(projection: str, form: str) 
     truth, stock = reference(model, mx.float64), run(alone, model)
     scaled(dict(model.named_modules())[f"model.layers.0.{projection}"])
     assert judge(alone, truth, stock, run(alone, model)).complaints()
+
+
+@pytest.mark.parametrize("form", ["float32-4bit", "bfloat16-4bit-float32"])
+@pytest.mark.parametrize("factor", [0.0, 1.05])
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("quantized_matmul", "llama"),
+        ("quantized_glu", "llama"),
+        ("gather_quantized_matmul", "gpt_oss"),
+        ("gather_quantized_glu", "qwen3_moe"),
+        ("gather_quantized_combine", "qwen3_moe"),
+    ],
+)
+def test_a_wrong_kernel_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, name: str, factor: float, form: str
+) -> None:
+    right = KernelSpec.implementation
+
+    def implementation(spec: KernelSpec, backend: str) -> Callable[..., mx.array]:
+        function = right(spec, backend)
+        if spec.name != kernel:
+            return function
+        return lambda *args, **kwargs: function(*args, **kwargs) * factor
+
+    model = made(name, form)
+    truth, stock = reference(model, mx.float64), run(alone, model)
+    monkeypatch.setattr(KernelSpec, "implementation", implementation)
+    monkeypatch.setattr(KernelSpec, "probe", lambda *_, **__: None)
+    # Classes made by other tests hold the right kernel; those made here must not outlive this test.
+    monkeypatch.setattr("zmlx.patch.pattern._GENERATED", {})
+    assert judge(alone, truth, stock, run(alone, patch(model))).complaints()
 
 
 def test_a_choice_near_a_tie_is_forgiven_and_a_wrong_one_is_not() -> None:
