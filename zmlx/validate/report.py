@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,7 @@ def capsule_of(comparison: Comparison, subject: str, notes: tuple[str, ...] = ()
 def to_json(comparison: Comparison, model: str) -> dict[str, Any]:
     """Return the comparison and the verdict as data that `json` can write."""
     breaches = judge(comparison)
-    return {
+    content = {
         "model": model,
         "contract": contract_of(comparison),
         "passed": not breaches,
@@ -48,6 +49,17 @@ def to_json(comparison: Comparison, model: str) -> dict[str, Any]:
         "divergences": [asdict(divergence) for divergence in comparison.divergences],
         "stock_varies": comparison.stock_varies,
     }
+    finite: dict[str, Any] = _finite(content)
+    return finite
+
+
+def _finite(content: Any) -> Any:
+    """Return the content with null for NaN and infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def show(comparison: Comparison, model: str, console: Console) -> None:
