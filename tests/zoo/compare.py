@@ -1,8 +1,9 @@
 """Logits of a model over a prompt, cached decoding and a ragged batch, and their errors.
 
-`alone` is one sequence, `long` one with a longer prompt. `ragged` is what mlx-lm's batch generation does with prompts of different
-lengths: the first part is padded on the right, the caches then move the padding to the left, and
-everything that follows (here a second part of the prompts, then single tokens) runs left-padded.
+`alone` is one sequence, `long` one with a longer prompt. `ragged` is what mlx-lm's batch generation
+does with prompts of different lengths: the first part is padded on the right, the caches then move
+the padding to the left, and everything that follows (here a second part of the prompts, then single
+tokens) runs left-padded.
 
     stock = run(alone, model)
     patch(model)
