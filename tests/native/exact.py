@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+#: set of kernels -> what the processor must have, as Linux names it
+NEEDS = {
+    "avx512_bf16": {"avx512_bf16", "avx512vbmi", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+
+
+def kernel_sets() -> list[str]:
+    """Return the sets of kernels that this processor runs, without asking the library."""
+    if platform.machine() != "x86_64":
+        return ["portable"]
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return [*(name for name, needs in NEEDS.items() if needs <= flags), "portable"]
 
 
 def wide(array: mx.array) -> np.ndarray:

@@ -22,11 +22,9 @@ def library():
     return native.load()
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=exact.kernel_sets())
 def kernels(request, library):
     """Run a test with each set of kernels that this processor has."""
-    if request.param not in library.available_kernels():
-        pytest.skip(f"this processor has no {request.param}")
     before = library.kernels()
     library.set_kernels(request.param)
     yield library
@@ -366,6 +364,10 @@ def test_worker_threads_and_streams_at_once(library):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_every_set_of_kernels_that_runs_here_is_there(library):
+    assert library.available_kernels() == exact.kernel_sets()
 
 
 def test_thread_count(library):

@@ -68,7 +68,7 @@ void multiply_rows(
       const bool whole = g + 1 < groups || n + 1 < weight.rows;
       Lanes dot[Count] = {};
       for (int k = 0; k < weight.group; k += 8) {
-        const Lanes values = unpack<Bits>(q, whole || k + 16 <= weight.group);
+        const Lanes values = unpack<Bits>(q, whole || (weight.group - k) / 8 * Bits >= 8);
         q += Bits;
         for (int m = 0; m < Count; ++m) {
           dot[m] += values * load_lanes(x + m * batch.inputs + g * weight.group + k);

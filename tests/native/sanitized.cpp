@@ -1,0 +1,191 @@
+// Every product with every set of kernels, on memory of exactly the size that it needs, for the
+// sanitizers. Prints nothing and exits with 0 when results agree with a plain loop.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "floats.h"
+#include "pool.h"
+#include "products.h"
+
+using namespace zmlx;
+
+namespace {
+
+// Memory on the heap without a byte to spare, at an address that only suits the item.
+class Exact {
+ public:
+  explicit Exact(size_t bytes, size_t item) : memory_(new char[bytes + item]), item_(item) {
+    std::memset(memory_.get(), 0, bytes + item);
+  }
+
+  char* data() const {
+    return memory_.get() + item_;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  size_t item_;
+};
+
+uint32_t state = 1;
+
+uint32_t random_word() {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+
+float random_float() {
+  return float(random_word() % 2001) / 1000.0f - 1.0f;
+}
+
+Exact floats(int64_t count, Float type) {
+  Exact made(count * size_of(type), size_of(type));
+  for (int64_t i = 0; i < count; ++i) {
+    store_float(made.data(), type, i, random_float());
+  }
+  return made;
+}
+
+struct Stored {
+  Exact q, scales, biases;
+  Experts experts;
+
+  Stored(int64_t count, int64_t rows, int64_t groups, int bits, int group, Float type)
+      : q(count * rows * groups * group * bits / 8, 4),
+        scales(floats(count * rows * groups, type)),
+        biases(floats(count * rows * groups, type)),
+        experts{
+            {reinterpret_cast<uint8_t*>(q.data()),
+             scales.data(),
+             biases.data(),
+             rows,
+             groups * group,
+             bits,
+             group,
+             type},
+            count} {
+    for (int64_t i = 0; i < count * rows * groups * group * bits / 8; ++i) {
+      q.data()[i] = char(random_word());
+    }
+  }
+
+  double product(int64_t expert, int64_t n, const Rows& x, int64_t row) const {
+    const Weight w = experts.expert(expert);
+    double sum = 0;
+    for (int64_t k = 0; k < w.inputs; ++k) {
+      uint32_t value = 0;
+      for (int bit = 0; bit < w.bits; ++bit) {
+        const int64_t at = k * w.bits + bit;
+        value |= uint32_t(w.q[n * w.row_bytes() + at / 8] >> (at % 8) & 1) << bit;
+      }
+      const int64_t g = n * w.groups() + k / w.group;
+      sum += (double(value) * load_float(w.scales, w.type, g) + load_float(w.biases, w.type, g)) *
+          load_float(x.data, x.type, row * x.width + k);
+    }
+    return sum;
+  }
+};
+
+int wrong = 0;
+
+void compare(const char* what, float value, double truth, double size) {
+  if (!(std::abs(value - truth) <= 1e-5 * size)) {
+    std::printf("%s %s: %g instead of %g\n", kernels().name, what, value, truth);
+    ++wrong;
+  }
+}
+
+void check(int bits, int group, int64_t groups, int64_t rows, int64_t count, Float type) {
+  const Stored w(1, rows, groups, bits, group, type), v(1, rows, groups, bits, group, type);
+  const Exact xs = floats(count * groups * group, type), bias = floats(rows, type);
+  const Exact ys(count * rows * 4, 4), zs(count * rows * 4, 4);
+  const Rows x{xs.data(), type, count, groups * group};
+  const Rows y{ys.data(), Float::f32, count, rows}, z{zs.data(), Float::f32, count, rows};
+  product(w.experts.weight, {bias.data(), type}, x, y);
+  gated_product(
+      w.experts.weight, {}, v.experts.weight, {bias.data(), type}, Activation::silu, x, z);
+  const double size = std::sqrt(double(x.width)) * (1 << bits);
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t n = 0; n < rows; ++n) {
+      const double first = w.product(0, n, x, m), b = load_float(bias.data(), type, n);
+      const double second = v.product(0, n, x, m) + b;
+      compare("product", load_float(y.data, y.type, m * rows + n), first + b, size);
+      compare(
+          "gated", load_float(z.data, z.type, m * rows + n),
+          first / (1 + std::exp(-first)) * second, size * size);
+    }
+  }
+}
+
+void check_experts(int bits, int64_t rows, int64_t tokens, Float type) {
+  const int64_t experts = 4, top_k = 2, groups = 3, group = 32;
+  const Stored w(experts, rows, groups, bits, group, type);
+  const Exact xs = floats(tokens * top_k * groups * group, type);
+  const Exact weights = floats(tokens * top_k, type);
+  const Exact ys(tokens * rows * 4, 4), zs(tokens * top_k * rows * 4, 4);
+  const Rows x{xs.data(), type, tokens * top_k, groups * group};
+  const Rows first{xs.data(), type, tokens, groups * group};
+  const Rows y{ys.data(), Float::f32, tokens, rows}, z{zs.data(), Float::f32, tokens * top_k, rows};
+  std::vector<uint32_t> indices(tokens * top_k);
+  for (uint32_t& index : indices) {
+    index = random_word() % 6; // some outside
+  }
+  const auto expert = [&](int64_t p) { return std::min<int64_t>(indices[p], experts - 1); };
+  const Routing each{indices.data(), tokens * top_k, 1}, per_token{
+      indices.data(), tokens * top_k, top_k};
+  const double size = 2 * std::sqrt(double(x.width)) * (1 << bits);
+  gather_combine(w.experts, each, {weights.data(), type, tokens, top_k}, top_k, x, y);
+  gather_product(w.experts, per_token, first, z);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t n = 0; n < rows; ++n) {
+      double sum = 0;
+      for (int64_t p = t * top_k; p < (t + 1) * top_k; ++p) {
+        sum += load_float(weights.data(), type, p) * w.product(expert(p), n, x, p);
+        compare(
+            "gathered", load_float(z.data, z.type, p * rows + n),
+            w.product(expert(p), n, first, t), size);
+      }
+      compare("combined", load_float(y.data, y.type, t * rows + n), sum, size);
+    }
+  }
+  gather_gated_product(w.experts, w.experts, Activation::gelu, per_token, first, z);
+}
+
+void check_all() {
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
+    for (const Float type : {Float::f32, Float::f16, Float::bf16}) {
+      for (const int group : {32, 64, 128}) {
+        check(bits, group, 1, 5, 1, type);
+        check(bits, group, 5, 37, 3, type);
+        check(bits, group, 17, 3, 2, type);
+      }
+      check(bits, 64, 3, 35, 7, type);
+      check(bits, 64, 3, 35, 19, type);
+      check_experts(bits, 33, 1, type);
+      check_experts(bits, 33, 30, type);
+    }
+  }
+}
+
+} // namespace
+
+int main() {
+  set_num_threads(3);
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
+    if (const Kernels* chosen = kernels_named(name)) {
+      set_kernels(chosen);
+      check_all();
+    }
+  }
+  // Two streams at once: one has the pool, the other works alone.
+  std::thread other([] { check_experts(4, 33, 30, Float::bf16); });
+  set_num_threads(4);
+  std::thread third([] { std::this_thread::yield(); });
+  other.join();
+  third.join();
+  return wrong == 0 ? 0 : 1;
+}
