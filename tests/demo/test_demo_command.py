@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +13,13 @@ from click.testing import CliRunner
 from zmlx.bench.capsule import read
 from zmlx.demo import command, smollm
 from zmlx.demo.answer import CommandFailed, ask
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Let a command that is a script find the checkout, as an installed zmlx would be found."""
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture
@@ -67,6 +76,16 @@ def test_a_model_of_the_user_is_measured(checkpoints, tmp_path, monkeypatch):
     measured = read(capsule)
     assert len(measured.runs) == 6
     assert measured.plans["smollm2-moe-float32"]["patched_count"] > 200
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_exit_code_says_whether_the_answers_are_right(monkeypatch, tmp_path, same):
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(command, "_answers", lambda model, expected: same)
+    monkeypatch.setattr(command, "_capsule", lambda subjects: None)
+    monkeypatch.setattr(command, "show", lambda capsule: None)
+    result = CliRunner().invoke(command.demo, ["--model", str(tmp_path)])
+    assert result.exit_code == (0 if same else 1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -49,8 +50,6 @@ def shell(*arguments, cwd=None, **environment):
 @pytest.fixture
 def importable(monkeypatch):
     """Let a child in another folder find the checkout, as an installed zmlx would be found."""
-    from pathlib import Path
-
     root = str(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
 
