@@ -44,7 +44,7 @@ def test_matmul_is_tighter(kernels, bits, group_size, dtype):
     inputs = 5 * group_size
     weight = exact.quantized((37, inputs), **options, dtype=dtype)
     w64 = exact.weights(*weight, **options)
-    for rows in (1, 2, 3, 5, 12, 17, 31):
+    for rows in (1, 2, 3, 5, 11, 17, 31):
         x = exact.normal(rows, inputs, dtype=dtype, seed=rows)
         ours = kernels.quantized_matmul(x, *weight, **options)
         stock = mx.quantized_matmul(x, *weight, transpose=True, **options)

@@ -20,7 +20,6 @@ namespace zmlx {
 namespace {
 
 constexpr int64_t kBlock = 128; // values of one 64-byte load of 4-bit weights
-constexpr int64_t kPanelBatch = 12; // from this many rows on, weights are unpacked into panels
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kAhead = 6144; // bytes between a load of weights and its prefetch
 
@@ -28,12 +27,14 @@ int64_t padded(int64_t inputs) {
   return (inputs + kBlock - 1) / kBlock * kBlock;
 }
 
-bool panels(int64_t count) {
-  return count >= kPanelBatch;
-}
-
 int parts_of(Float type) {
   return type == Float::bf16 ? 1 : type == Float::f16 ? 2 : 3;
+}
+
+// Whether so many rows are worth the time that it takes to unpack weights into panels.
+bool panels(const Weight& weight, int64_t count, Float type) {
+  const int64_t bf16 = weight.bits == 4 ? 28 : 14; // 4 bits are quicker to unpack
+  return count >= (type == Float::bf16 ? bf16 : type == Float::f16 ? 14 : 10);
 }
 
 // Table of the bfloat16 patterns of the shifted values, repeated to fill 32 entries: the bits above
@@ -120,130 +121,158 @@ inline __mmask16 first_lanes(int64_t count) {
 // Few rows. Batch::data is [count][part][padded inputs] bfloat16; for 4 bits each block of 128 is
 // stored as [k % 4][k / 4], the order in which shifts bring the values out of a 64-byte load.
 
-template <int Parts, int Count>
-void rows_4bit(
+// Load the scales of 16 groups for each row of weights, and add their biases' share.
+template <int Bits, int Count, int Rows>
+inline void add_biases(
     const Weight& weight,
-    const Batch& batch,
-    int64_t row,
-    int64_t first,
-    int64_t last,
-    float* out,
-    int64_t stride) {
-  const int64_t inputs = weight.inputs, groups = weight.groups();
+    const float* sums,
+    int64_t n,
+    int64_t g,
+    __m512 (&scales)[Rows],
+    __m512 (&total)[Rows][Count]) {
+  const int64_t groups = weight.groups();
+  const __mmask16 live = first_lanes(groups - g);
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t at = (n + r) * groups + g;
+    scales[r] = load_16(weight.scales, weight.type, at, live);
+    const __m512 biases =
+        shifted_biases<Bits>(scales[r], load_16(weight.biases, weight.type, at, live));
+    for (int m = 0; m < Count; ++m) {
+      const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
+      total[r][m] = _mm512_fmadd_ps(biases, sum, total[r][m]);
+    }
+  }
+}
+
+template <int Count, int Rows>
+inline void store(const __m512 (&total)[Rows][Count], float* out, int64_t stride) {
+  for (int m = 0; m < Count; ++m) {
+    for (int r = 0; r < Rows; ++r) {
+      out[m * stride + r] = _mm512_reduce_add_ps(total[r][m]);
+    }
+  }
+}
+
+// The kernels below take `Rows` rows of weights at once, for which activations are loaded once, and
+// `Count` rows of activations, for which weights are unpacked once. Each result is computed in the
+// same order whatever the two numbers are.
+template <int Parts, int Count, int Rows>
+void block_4bit(
+    const Weight& weight, const Batch& batch, int64_t row, int64_t n, float* out, int64_t stride) {
+  const int64_t inputs = weight.inputs, groups = weight.groups(), bytes = weight.row_bytes();
   const int64_t part = padded(inputs), blocks = part / kBlock;
   const uint16_t* x = static_cast<const uint16_t*>(batch.data) + row * Parts * part;
   const float* sums = batch.sums + row * groups;
+  const uint8_t* q = weight.q + n * bytes;
   const __m512i values = table<4>();
   // Lane i of a block holds the values 8 i .. 8 i + 7, which are of group 8 i / group.
   const int per_block = int(kBlock / weight.group);
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i first_group = _mm512_srlv_epi32(
       lane, _mm512_set1_epi32(weight.group == 32 ? 2 : weight.group == 64 ? 3 : 4));
-  for (int64_t n = first; n < last; ++n) {
-    const uint8_t* q = weight.q + n * weight.row_bytes();
-    __m512 total[Count];
-    for (int m = 0; m < Count; ++m) {
-      total[m] = _mm512_setzero_ps();
-    }
-    int64_t block = 0;
-    for (int64_t g = 0; g < groups; g += 16) {
-      const __mmask16 live = first_lanes(groups - g);
-      const __m512 scales = load_16(weight.scales, weight.type, n * groups + g, live);
-      const __m512 biases =
-          shifted_biases<4>(scales, load_16(weight.biases, weight.type, n * groups + g, live));
-      for (int m = 0; m < Count; ++m) {
-        const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
-        total[m] = _mm512_fmadd_ps(biases, sum, total[m]);
-      }
-      const int64_t end = std::min(blocks, block + 16 / per_block);
-      __m512i group = first_group;
-      for (; block < end; ++block) {
-        const uint8_t* from = q + block * 64;
-        const int64_t rest = inputs - block * kBlock;
-        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
-        const __m512i w =
-            rest >= kBlock ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(first_lanes(rest / 8), from);
-        const __m512i w0 = _mm512_permutexvar_epi16(w, values);
-        const __m512i w1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), values);
-        const __m512i w2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), values);
-        const __m512i w3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), values);
-        const __m512 scale = _mm512_permutexvar_ps(group, scales);
-        for (int m = 0; m < Count; ++m) {
-          const uint16_t* xs = x + m * Parts * part + block * kBlock;
-          __m512 sum = _mm512_setzero_ps();
-          for (int p = 0; p < Parts; ++p, xs += part) {
-            sum = dot(sum, w0, _mm512_loadu_si512(xs));
-            sum = dot(sum, w1, _mm512_loadu_si512(xs + 32));
-            sum = dot(sum, w2, _mm512_loadu_si512(xs + 64));
-            sum = dot(sum, w3, _mm512_loadu_si512(xs + 96));
-          }
-          total[m] = _mm512_fmadd_ps(sum, scale, total[m]);
-        }
-        group = _mm512_add_epi32(group, _mm512_set1_epi32(per_block));
-      }
-    }
-    for (int m = 0; m < Count; ++m) {
-      out[(row + m) * stride + n - first] = _mm512_reduce_add_ps(total[m]);
-    }
+  __m512 total[Rows][Count];
+  for (auto& of_row : total) {
+    std::fill_n(of_row, Count, _mm512_setzero_ps());
   }
-}
-
-template <int Bits, int Parts, int Count>
-void rows_any(
-    const Weight& weight,
-    const Batch& batch,
-    int64_t row,
-    int64_t first,
-    int64_t last,
-    float* out,
-    int64_t stride) {
-  const Unpack<Bits> unpack;
-  const int64_t groups = weight.groups(), part = padded(weight.inputs);
-  const uint16_t* x = static_cast<const uint16_t*>(batch.data) + row * Parts * part;
-  const float* sums = batch.sums + row * groups;
-  const int steps = weight.group / 32;
-  for (int64_t n = first; n < last; ++n) {
-    const uint8_t* q = weight.q + n * weight.row_bytes();
-    __m512 total[Count];
-    for (int m = 0; m < Count; ++m) {
-      total[m] = _mm512_setzero_ps();
-    }
-    for (int64_t g = 0; g < groups; g += 16) {
-      const __mmask16 live = first_lanes(groups - g);
-      alignas(64) float scales[16];
-      const __m512 all_scales = load_16(weight.scales, weight.type, n * groups + g, live);
-      _mm512_store_ps(scales, all_scales);
-      const __m512 biases = shifted_biases<Bits>(
-          all_scales, load_16(weight.biases, weight.type, n * groups + g, live));
-      for (int m = 0; m < Count; ++m) {
-        const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
-        total[m] = _mm512_fmadd_ps(biases, sum, total[m]);
+  int64_t block = 0;
+  for (int64_t g = 0; g < groups; g += 16) {
+    __m512 scales[Rows];
+    add_biases<4, Count, Rows>(weight, sums, n, g, scales, total);
+    const int64_t end = std::min(blocks, block + 16 / per_block);
+    __m512i group = first_group;
+    for (; block < end; ++block) {
+      const int64_t rest = inputs - block * kBlock;
+      __m512i w[Rows][4];
+      for (int r = 0; r < Rows; ++r) {
+        const uint8_t* from = q + r * bytes + block * 64;
+        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
+        const __m512i packed = rest >= kBlock
+            ? _mm512_loadu_si512(from)
+            : _mm512_maskz_loadu_epi32(first_lanes(rest / 8), from);
+        w[r][0] = _mm512_permutexvar_epi16(packed, values);
+        w[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), values);
+        w[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), values);
+        w[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), values);
       }
-      const int64_t end = std::min<int64_t>(16, groups - g);
-      for (int64_t i = 0; i < end; ++i) {
-        __m512 sum[Count];
-        for (int m = 0; m < Count; ++m) {
-          sum[m] = _mm512_setzero_ps();
-        }
-        _mm_prefetch(reinterpret_cast<const char*>(q + kAhead), _MM_HINT_T0);
-        const uint16_t* xs = x + (g + i) * weight.group;
-        for (int s = 0; s < steps; ++s, q += 4 * Bits, xs += 32) {
-          const __m512i w = unpack(q);
-          for (int m = 0; m < Count; ++m) {
-            for (int p = 0; p < Parts; ++p) {
-              sum[m] = dot(sum[m], w, _mm512_loadu_si512(xs + (m * Parts + p) * part));
+      for (int m = 0; m < Count; ++m) {
+        __m512 sum[Rows];
+        std::fill_n(sum, Rows, _mm512_setzero_ps());
+        for (int p = 0; p < Parts; ++p) {
+          const uint16_t* xs = x + (m * Parts + p) * part + block * kBlock;
+          for (int i = 0; i < 4; ++i) {
+            const __m512i activations = _mm512_loadu_si512(xs + 32 * i);
+            for (int r = 0; r < Rows; ++r) {
+              sum[r] = dot(sum[r], w[r][i], activations);
             }
           }
         }
-        const __m512 scale = _mm512_set1_ps(scales[i]);
+        for (int r = 0; r < Rows; ++r) {
+          const __m512 scale = _mm512_permutexvar_ps(group, scales[r]);
+          total[r][m] = _mm512_fmadd_ps(sum[r], scale, total[r][m]);
+        }
+      }
+      group = _mm512_add_epi32(group, _mm512_set1_epi32(per_block));
+    }
+  }
+  store<Count, Rows>(total, out, stride);
+}
+
+template <int Bits, int Parts, int Count, int Rows>
+void block_any(
+    const Weight& weight, const Batch& batch, int64_t row, int64_t n, float* out, int64_t stride) {
+  const Unpack<Bits> unpack;
+  const int64_t groups = weight.groups(), part = padded(weight.inputs), bytes = weight.row_bytes();
+  const uint16_t* xs = static_cast<const uint16_t*>(batch.data) + row * Parts * part;
+  const float* sums = batch.sums + row * groups;
+  const uint8_t* q = weight.q + n * bytes;
+  const int steps = weight.group / 32;
+  __m512 total[Rows][Count];
+  for (auto& of_row : total) {
+    std::fill_n(of_row, Count, _mm512_setzero_ps());
+  }
+  for (int64_t g = 0; g < groups; g += 16) {
+    __m512 scales[Rows];
+    add_biases<Bits, Count, Rows>(weight, sums, n, g, scales, total);
+    const int64_t end = std::min<int64_t>(16, groups - g);
+    for (int64_t i = 0; i < end; ++i) {
+      __m512 sum[Rows][Count];
+      for (int r = 0; r < Rows; ++r) {
+        std::fill_n(sum[r], Count, _mm512_setzero_ps());
+        _mm_prefetch(reinterpret_cast<const char*>(q + r * bytes + kAhead), _MM_HINT_T0);
+      }
+      for (int s = 0; s < steps; ++s, q += 4 * Bits, xs += 32) {
+        __m512i w[Rows];
+        for (int r = 0; r < Rows; ++r) {
+          w[r] = unpack(q + r * bytes);
+        }
         for (int m = 0; m < Count; ++m) {
-          total[m] = _mm512_fmadd_ps(sum[m], scale, total[m]);
+          for (int p = 0; p < Parts; ++p) {
+            const __m512i activations = _mm512_loadu_si512(xs + (m * Parts + p) * part);
+            for (int r = 0; r < Rows; ++r) {
+              sum[r][m] = dot(sum[r][m], w[r], activations);
+            }
+          }
+        }
+      }
+      const __m512i at = _mm512_set1_epi32(int(i));
+      for (int r = 0; r < Rows; ++r) {
+        const __m512 scale = _mm512_permutexvar_ps(at, scales[r]);
+        for (int m = 0; m < Count; ++m) {
+          total[r][m] = _mm512_fmadd_ps(sum[r][m], scale, total[r][m]);
         }
       }
     }
-    for (int m = 0; m < Count; ++m) {
-      out[(row + m) * stride + n - first] = _mm512_reduce_add_ps(total[m]);
-    }
+  }
+  store<Count, Rows>(total, out, stride);
+}
+
+template <int Bits, int Parts, int Count, int Rows>
+void block(
+    const Weight& weight, const Batch& batch, int64_t row, int64_t n, float* out, int64_t stride) {
+  if constexpr (Bits == 4) {
+    block_4bit<Parts, Count, Rows>(weight, batch, row, n, out, stride);
+  } else {
+    block_any<Bits, Parts, Count, Rows>(weight, batch, row, n, out, stride);
   }
 }
 
@@ -256,10 +285,16 @@ void rows(
     int64_t last,
     float* out,
     int64_t stride) {
-  if constexpr (Bits == 4) {
-    rows_4bit<Parts, Count>(weight, batch, row, first, last, out, stride);
-  } else {
-    rows_any<Bits, Parts, Count>(weight, batch, row, first, last, out, stride);
+  float* to = out + row * stride;
+  int64_t n = first;
+  // For one row of activations memory is what counts, and it is read best from front to back.
+  if constexpr (Count > 1) {
+    for (; n + 2 <= last; n += 2) {
+      block<Bits, Parts, Count, 2>(weight, batch, row, n, to + n - first, stride);
+    }
+  }
+  for (; n < last; ++n) {
+    block<Bits, Parts, Count, 1>(weight, batch, row, n, to + n - first, stride);
   }
 }
 
@@ -275,7 +310,11 @@ void few(
   for (; row + 4 <= batch.count; row += 4) {
     rows<Bits, Parts, 4>(weight, batch, row, first, last, out, stride);
   }
-  for (; row < batch.count; ++row) {
+  if (row + 2 <= batch.count) {
+    rows<Bits, Parts, 2>(weight, batch, row, first, last, out, stride);
+    row += 2;
+  }
+  if (row < batch.count) {
     rows<Bits, Parts, 1>(weight, batch, row, first, last, out, stride);
   }
 }
@@ -469,7 +508,7 @@ void multiply_bits(
     float* out,
     int64_t stride,
     void* scratch) {
-  if (panels(batch.count)) {
+  if (panels(weight, batch.count, type)) {
     if (in_bf16(type)) {
       return many<Bits, true>(weight, batch, type, first, last, out, stride, scratch);
     }
@@ -511,14 +550,14 @@ void multiply(
 }
 
 size_t row_size(const Weight& weight, Float type, int64_t count) {
-  if (panels(count)) {
+  if (panels(weight, count, type)) {
     return size_t(weight.inputs) * (in_bf16(type) ? 2 : 4);
   }
   return size_t(padded(weight.inputs)) * parts_of(type) * sizeof(uint16_t);
 }
 
 size_t scratch_size(const Weight& weight, Float type, int64_t count) {
-  if (!panels(count)) {
+  if (!panels(weight, count, type)) {
     return 0;
   }
   return panel_bytes(weight, type) + 2 * size_t(weight.groups()) * kPanelRows * sizeof(float);
@@ -595,7 +634,7 @@ void pack_parts(const Weight& weight, const void* x, Float type, Batch& batch, i
 }
 
 void pack(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row) {
-  if (panels(batch.count)) {
+  if (panels(weight, batch.count, type)) {
     const size_t bytes = size_t(batch.inputs) * (in_bf16(type) ? 2 : 4);
     char* to = static_cast<char*>(batch.data) + row * bytes;
     if (type == Float::f16) {
