@@ -8,6 +8,7 @@ again. GB/s counts the bytes of the weights (values, scales and biases) that one
     python benchmarks/native.py prefill --tokens 512
     python benchmarks/native.py experts
     python benchmarks/native.py call
+    python benchmarks/native.py errors
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from types import ModuleType
+from typing import Any
 
 import click
 import mlx.core as mx
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -277,6 +280,45 @@ def call() -> None:
         best = min(timed(run, 2000) for _ in range(5))
         rows.append({"call": name, "us": best * 1e6})
     show("building one lazy operation", rows, False)
+
+
+@main.command()
+@click.option("--tokens", type=int, default=1)
+@click.option("--inputs", type=int, default=2048)
+@click.option("--group", type=int, default=64)
+@click.option("--json", "as_json", is_flag=True)
+def errors(tokens: int, inputs: int, group: int, as_json: bool) -> None:
+    """Root mean square error against float64, relative to the result: stock and native."""
+    library = native.load()
+    rows: list[dict[str, object]] = []
+    for dtype, kind in DTYPES.items():
+        x = mx.random.normal((tokens, inputs), key=mx.random.key(1)).astype(kind)
+        dense = mx.random.normal((256, inputs), key=mx.random.key(2)).astype(kind)
+        for bits in (2, 3, 4, 5, 6, 8):
+            weight = mx.quantize(dense, group, bits)
+            form: dict[str, Any] = {"group_size": group, "bits": bits}
+            truth = in_float64(x) @ dequantized(weight, form).T
+            stock = in_float64(mx.quantized_matmul(x, *weight, transpose=True, **form))
+            ours = in_float64(library.quantized_matmul(x, *weight, **form))
+            size = np.sqrt(np.mean(truth**2))
+            off = [float(np.sqrt(np.mean((y - truth) ** 2)) / size) for y in (stock, ours)]
+            rows.append({"dtype": dtype, "bits": bits, "stock": off[0], "native": off[1]})
+    show(f"{tokens} row(s), K = {inputs}, groups of {group}", rows, as_json)
+
+
+def in_float64(array: mx.array) -> np.ndarray[Any, Any]:
+    """Return an array's values without loss."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def dequantized(weight: Weight, form: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Return s * q + b in float64."""
+    w, scales, biases = weight
+    ones = mx.ones(scales.shape, mx.float32)
+    q = in_float64(mx.dequantize(w, ones, mx.zeros_like(ones), **form))
+    size = int(form["group_size"])
+    wide = [np.repeat(in_float64(part), size, axis=-1) for part in (scales, biases)]
+    return np.asarray(q * wide[0] + wide[1])
 
 
 def timed(run: Callable[[], mx.array], count: int) -> float:
