@@ -3,8 +3,8 @@
     python benchmarks/decode.py
 
 Stock and patched runs alternate in one process, with one copy of the weights. Writes every raw run
-to benchmarks/capsules/decode-cpu.json and prints the medians. Stock takes a second or more for each
-token with 16-bit scales on a CPU, so it decodes fewer tokens there; all of it takes a few minutes.
+to benchmarks/capsules/decode-cpu.json and prints the medians. Stock takes one to four seconds for
+each token with 16-bit scales on a CPU, so it decodes fewer tokens there; all takes ten minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from zmlx import backend
 from zmlx.bench.capsule import GENERATION, Run, collect, write
-from zmlx.bench.decode import measure
+from zmlx.bench.decode import measure, plan_of
 from zmlx.bench.loading import load_checkpoint
 from zmlx.bench.report import show
 from zmlx.demo.prepare import prepare
@@ -69,7 +69,7 @@ def main(
                     on_run=lambda kind, name=subject: status.update(f"{name}: {kind}"),
                 )
             made += new
-            plans[subject] = report.to_json()
+            plans[subject] = plan_of(report)
     stock = ", ".join(f"{STOCK_TOKENS.get(d, tokens) - 1} ({d})" for d in dtypes)
     notes = (f"prompt {PROMPT!r}; decode steps in a run: zmlx {tokens - 1}, stock {stock}",)
     title = "SmolLM2-135M-Instruct, stock mlx-lm against zmlx"

@@ -76,6 +76,8 @@ def test_a_model_of_the_user_is_measured(checkpoints, tmp_path, monkeypatch):
     measured = read(capsule)
     assert len(measured.runs) == 6
     assert measured.plans["smollm2-moe-float32"]["patched_count"] > 200
+    (fused,) = measured.plans["smollm2-moe-float32"]["candidates"][:1]
+    assert fused["count"] == len(fused["paths"].split())
 
 
 @pytest.mark.parametrize("same", [True, False])

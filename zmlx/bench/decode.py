@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.nn as nn
 
@@ -71,6 +72,27 @@ def run_of(subject: str, variant: str, repeat: int, generation: Generation) -> R
             "step_seconds": list(generation.step_seconds),
         },
     )
+
+
+def plan_of(report: PatchReport) -> dict[str, Any]:
+    """Return a report as a capsule keeps it: modules with the same fate stand in one entry."""
+    content = report.to_json()
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for candidate in report.candidates:
+        fate = (candidate.pattern, candidate.chosen, candidate.contract, candidate.reason)
+        groups.setdefault(fate, []).append(candidate.path)
+    content["candidates"] = [
+        {
+            "pattern": pattern,
+            "chosen": chosen,
+            "contract": contract,
+            "reason": reason,
+            "count": len(paths),
+            "paths": " ".join(paths),
+        }
+        for (pattern, chosen, contract, reason), paths in groups.items()
+    ]
+    return content
 
 
 def _warm_up(model: nn.Module, prompt: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from zmlx.bench.capsule import GENERATION, Capsule, Run, collect, write
-from zmlx.bench.decode import measure
+from zmlx.bench.decode import measure, plan_of
 from zmlx.bench.loading import LoadError, load_checkpoint
 from zmlx.bench.report import show
 from zmlx.demo.answer import Answer, CommandFailed, ask
@@ -117,7 +117,7 @@ def _capsule(subjects: list[tuple[str, Path, int, int]]) -> Capsule:
                 runs=repeats,
             )
         runs += made
-        plans[subject] = report.to_json()
+        plans[subject] = plan_of(report)
     steps = ", ".join(f"{n - 1} for {subject}" for subject, _, n, _ in subjects)
     notes = (
         f"prompt: {_PROMPT!r}; decode steps in a run: zmlx {_PATCHED_TOKENS - 1}; stock {steps}",

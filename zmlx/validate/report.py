@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zmlx.bench.capsule import GENERATION, Capsule, collect
-from zmlx.bench.decode import run_of
+from zmlx.bench.decode import plan_of, run_of
 from zmlx.bench.generation import Generation
 from zmlx.validate.compare import Comparison, LogitsError
 from zmlx.validate.contract import contract_of, judge
@@ -24,7 +24,7 @@ def capsule_of(comparison: Comparison, subject: str, notes: tuple[str, ...] = ()
         for variant, generations in (("stock", comparison.stock), ("zmlx", comparison.patched))
         for number, generation in enumerate(generations)
     ]
-    plans = {subject: comparison.report.to_json()}
+    plans = {subject: plan_of(comparison.report)}
     return collect("zmlx validate", runs, GENERATION, plans=plans, notes=notes)
 
 
