@@ -20,6 +20,7 @@ VALUES = {
     "dtype": (mx.float32, mx.float16, mx.bfloat16),
     "scale_dtype": (mx.float32, mx.float16, mx.bfloat16),
     "activation": ("silu", "gelu", "gelu_tanh"),
+    "traditional": (False, True),
 }
 
 

@@ -29,7 +29,15 @@ def planned(tmp_path, *arguments):
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     for name in ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "EXTRA"):
         environment.pop(name, None)
-    command = ["make", "-n", "--no-print-directory", "-C", str(ROOT), f"VENV={tmp_path}/venv", *arguments]
+    command = [
+        "make",
+        "-n",
+        "--no-print-directory",
+        "-C",
+        str(ROOT),
+        f"VENV={tmp_path}/venv",
+        *arguments,
+    ]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment
     ).stdout

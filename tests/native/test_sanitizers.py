@@ -12,7 +12,7 @@ import pytest
 from zmlx.backend.cpu import build
 
 #: They hold MLX types; all others are plain C++.
-WITH_MLX = ("primitives.cpp", "binding.cpp")
+WITH_MLX = ("primitives.cpp", "step_primitives.cpp", "binding.cpp")
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])

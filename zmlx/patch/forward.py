@@ -151,16 +151,25 @@ def replaced(tree: ast.AST, substitutions: Substitutions) -> Any:
     return _Substitute(substitutions).visit(duplicate)
 
 
-def rewritten(forward: Forward, substitutions: Substitutions) -> Any:
+def rewritten(
+    forward: Forward, substitutions: Substitutions, scope: dict[str, Any] | None = None
+) -> Any:
     """Compile a forward in which nodes of its tree are others (see `replaced`).
 
+    Args:
+        forward: what `own_forward` or `parse` returned.
+        substitutions: what is replaced by what.
+        scope: the global variables of the new function; default the original's own.
+
     Returns:
-        A function with the original's globals, defaults, signature and line numbers.
+        A function with the original's defaults, signature and line numbers.
     """
     original = forward.function
     tree = replaced(forward.tree, substitutions)
     code = _compile(tree, forward.imports, original.__code__.co_filename)
-    function = FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
+    function = FunctionType(
+        code, scope or original.__globals__, original.__name__, original.__defaults__
+    )
     function.__kwdefaults__ = original.__kwdefaults__
     function.__annotations__ = dict(original.__annotations__)
     function.__qualname__ = original.__qualname__

@@ -44,6 +44,8 @@ _X86_UNITS: dict[str, list[str]] = {
     "kernels_avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512bf16"],
     "kernels_avx512.cpp": _AVX512,
     "kernels_avx2.cpp": _AVX2,
+    "step_avx512.cpp": _AVX512,
+    "step_avx2.cpp": _AVX2,
 }
 _UNITS: dict[str, list[str]] = {
     "primitives.cpp": [],
@@ -52,6 +54,9 @@ _UNITS: dict[str, list[str]] = {
     "products.cpp": [],
     "pool.cpp": [],
     "dispatch.cpp": [],
+    "step_portable.cpp": [],
+    "step_primitives.cpp": [],
+    "step.cpp": [],
 }
 _ABI_TAG = re.compile(rb"nanobind_[a-z]+_[a-z0-9_]*_v[0-9]+")
 

@@ -2,12 +2,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 
 #include <stdexcept>
 
 #include "pool.h"
 #include "primitives.h"
 #include "products.h"
+#include "step_primitives.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -28,6 +30,17 @@ static nb::list available_kernels() {
 NB_MODULE(_zmlx_cpu, m) {
   nb::module_::import_("mlx.core");
   zmlx::set_kernels(zmlx::kernels_best());
+
+  m.def(
+      "rms_norm", &zmlx::rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
+
+  m.def(
+      "rope", &zmlx::rope, "a"_a, "dims"_a, nb::kw_only(), "traditional"_a, "base"_a.none(),
+      "scale"_a, "offset"_a, "freqs"_a = nb::none());
+
+  m.def(
+      "scaled_dot_product_attention", &zmlx::attention, "q"_a, "k"_a, "v"_a, nb::kw_only(),
+      "scale"_a, "mask"_a = nb::none(), "sinks"_a = nb::none());
 
   m.def(
       "quantized_matmul",

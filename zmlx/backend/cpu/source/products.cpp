@@ -1,7 +1,6 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -10,6 +9,7 @@
 
 #include "floats.h"
 #include "pool.h"
+#include "step.h"
 
 namespace zmlx {
 namespace {
@@ -87,17 +87,6 @@ class Lent {
   Workspace& space_;
   Workspace& second_;
 };
-
-float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::silu:
-      return x / (1.0f + std::exp(-x));
-    case Activation::gelu:
-      return x * (1.0f + std::erf(x * 0.70710678118654752f)) * 0.5f;
-    default:
-      return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-  }
-}
 
 // Products of consecutive positions in `order` that share an expert.
 struct Segment {
@@ -234,12 +223,6 @@ bool same_packing(const Weight& a, const Weight& b) {
   return a.bits == b.bits && a.group == b.group && a.inputs == b.inputs;
 }
 
-void gate(Activation activation, float* gates, const float* ups, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    gates[i] = activate(activation, gates[i]) * ups[i];
-  }
-}
-
 } // namespace
 
 Weight Experts::expert(int64_t index) const {
@@ -300,7 +283,7 @@ void gated_product(
     multiply(up_weight, up_batch, x.type, first, last, ups, columns, scratch);
     add_bias(gate_bias, first, columns, x.count, gates);
     add_bias(up_bias, first, columns, x.count, ups);
-    gate(activation, gates, ups, x.count * columns);
+    step().gate(activation, gates, ups, x.count * columns);
     for (int64_t row = 0; row < x.count; ++row) {
       store_row(gates + row * columns, first, columns, out, row);
     }
@@ -359,7 +342,7 @@ void gather_gated_product(
     Buffer& scratch = space.scratch[worker];
     multiply(gate_weight, gate_batches[s], x.type, first, last, gate_result, columns, scratch);
     multiply(up_weight, up_batches[s], x.type, first, last, up_result, columns, scratch);
-    gate(activation, gate_result, up_result, segment.count * columns);
+    step().gate(activation, gate_result, up_result, segment.count * columns);
     for (int64_t i = 0; i < segment.count; ++i) {
       store_row(gate_result + i * columns, first, columns, out, plan.order[segment.first + i]);
     }

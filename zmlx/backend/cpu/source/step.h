@@ -1,0 +1,67 @@
+// What a decode step does beside the products: norms, rotary embedding, attention, gates.
+//
+// step_*.cpp implement `Step` for one instruction set each. All sums are float32.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "products.h"
+
+namespace zmlx {
+
+enum class Mask { none, causal, allowed, added };
+
+// Attention of the rows of one key head: `rows` queries that meet the same keys.
+struct AttentionRows {
+  Float type; // of queries, keys, values and output
+  int64_t rows;
+  int64_t keys;
+  int64_t key_width; // of a query and of a key
+  int64_t value_width;
+  float scale;
+
+  const void* queries[4];
+  const void* key; // the first key; each is key_stride elements after the one before it
+  int64_t key_stride;
+  const void* value;
+  int64_t value_stride;
+
+  Mask mask;
+  int64_t visible[4]; // causal: the number of keys that a row may see
+  const void* masks[4]; // allowed: bool for each key; added: numbers of `type`
+  int64_t mask_stride; // in elements
+
+  void* out[4];
+};
+
+struct Step {
+  const char* name;
+
+  // out[i] = x[i] * rsqrt(mean(x^2) + eps) * weight[i], or without a weight.
+  void (*rms_norm)(
+      const void* x, Float type, const void* weight, Float weight_type, float eps, int64_t width,
+      void* out, Float out_type);
+
+  // Rotate pairs of x by angles: (x[i], x[i + half]), or (x[2 i], x[2 i + 1]) if `traditional`.
+  // What follows the 2 * half rotated elements is copied.
+  void (*rotate)(
+      const void* x, Float type, const float* cosines, const float* sines, int64_t half,
+      bool traditional, int64_t width, void* out);
+
+  // out[r] = softmax(scale * queries[r] . keys + mask) . values; `scratch` holds
+  // rows * keys floats.
+  void (*attend)(const AttentionRows& rows, float* scratch);
+
+  // gates[i] = act(gates[i]) * ups[i]
+  void (*gate)(Activation activation, float* gates, const float* ups, int64_t count);
+};
+
+const Step* step_portable();
+const Step* step_avx2();
+const Step* step_avx512();
+
+// The step kernels that go with the chosen product kernels.
+const Step& step();
+
+} // namespace zmlx
