@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "floats.h"
 #include "kernels.h"
 
@@ -13,6 +17,9 @@ namespace {
 
 typedef float Lanes __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
+typedef int32_t Signed __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(8)));
+typedef int8_t SignedBytes __attribute__((vector_size(8)));
 
 constexpr int kBatchRows = 4; // rows of activations multiplied in one pass over the weights
 
@@ -41,8 +48,58 @@ inline Lanes unpack(const uint8_t* from, bool whole) {
   Words words = {low, low, low, low, high, high, high, high};
   const Words shift = {0, Bits, 2 * Bits, 3 * Bits, 0, Bits, 2 * Bits, 3 * Bits};
   words = (words >> shift) & mask;
-  typedef int32_t Signed __attribute__((vector_size(32)));
   return __builtin_convertvector(Signed(words) - (1 << (Bits - 1)), Lanes);
+}
+
+#if defined(__AVX2__)
+// Compilers take conversions of bytes apart into single values; these are what is meant.
+inline Lanes widen(__m128i signed_bytes) {
+  return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(signed_bytes));
+}
+
+inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m128i both = _mm_unpacklo_epi64(packed, _mm_srli_epi16(packed, 4));
+  const __m128i shifted = _mm_sub_epi8(_mm_and_si128(both, _mm_set1_epi8(15)), _mm_set1_epi8(8));
+  values[0] = widen(shifted);
+  values[1] = widen(_mm_unpackhi_epi64(shifted, shifted));
+}
+
+inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i shifted = _mm_xor_si128(packed, _mm_set1_epi8(-128));
+  values[0] = widen(shifted);
+  values[1] = widen(_mm_unpackhi_epi64(shifted, shifted));
+}
+#else
+inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
+  Bytes packed;
+  std::memcpy(&packed, from, 8);
+  values[0] = __builtin_convertvector(SignedBytes(packed & 15) - 8, Lanes);
+  values[1] = __builtin_convertvector(SignedBytes(packed >> 4) - 8, Lanes);
+}
+
+inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
+  for (int half = 0; half < 2; ++half) {
+    Bytes packed;
+    std::memcpy(&packed, from + 8 * half, 8);
+    values[half] = __builtin_convertvector(SignedBytes(packed ^ 128), Lanes);
+  }
+}
+#endif
+
+// Sixteen shifted values; `left` bytes may be read. Those of 4 bits come out with the even ones
+// first, which is the order in which `pack` stores activations for them.
+template <int Bits>
+inline void unpack_16(const uint8_t* from, int64_t left, Lanes (&values)[2]) {
+  if constexpr (Bits == 4) {
+    widen_nibbles(from, values);
+  } else if constexpr (Bits == 8) {
+    widen_bytes(from, values);
+  } else {
+    values[0] = unpack<Bits>(from, left >= 8);
+    values[1] = unpack<Bits>(from + Bits, left >= 8 + Bits);
+  }
 }
 
 template <int Bits, int Count>
@@ -57,6 +114,7 @@ void multiply_rows(
   const int64_t groups = weight.groups();
   const float* x = static_cast<const float*>(batch.data) + row * batch.inputs;
   const float* sums = batch.sums + row * groups;
+  const uint8_t* end = weight.q + weight.rows * weight.row_bytes();
   for (int64_t n = first; n < last; ++n) {
     const uint8_t* q = weight.q + n * weight.row_bytes();
     float biased[Count] = {};
@@ -65,17 +123,19 @@ void multiply_rows(
       const float scale = load_float(weight.scales, weight.type, n * groups + g);
       const float bias = load_float(weight.biases, weight.type, n * groups + g) +
           float(1 << (Bits - 1)) * scale;
-      const bool whole = g + 1 < groups || n + 1 < weight.rows;
-      Lanes dot[Count] = {};
-      for (int k = 0; k < weight.group; k += 8) {
-        const Lanes values = unpack<Bits>(q, whole || (weight.group - k) / 8 * Bits >= 8);
-        q += Bits;
+      Lanes dot[Count][2] = {}; // two of them, for each waits on its last addition
+      for (int k = 0; k < weight.group; k += 16) {
+        Lanes values[2];
+        unpack_16<Bits>(q, end - q, values);
+        q += 2 * Bits;
         for (int m = 0; m < Count; ++m) {
-          dot[m] += values * load_lanes(x + m * batch.inputs + g * weight.group + k);
+          const float* xs = x + m * batch.inputs + g * weight.group + k;
+          dot[m][0] += values[0] * load_lanes(xs);
+          dot[m][1] += values[1] * load_lanes(xs + 8);
         }
       }
       for (int m = 0; m < Count; ++m) {
-        total[m] += dot[m] * scale;
+        total[m] += (dot[m][0] + dot[m][1]) * scale;
         biased[m] += bias * sums[m * groups + g];
       }
     }
@@ -137,8 +197,9 @@ void pack(const Weight& weight, const void* x, Float type, Batch& batch, int64_t
   for (int64_t g = 0; g < weight.groups(); ++g) {
     float sum = 0;
     for (int64_t k = g * weight.group; k < (g + 1) * weight.group; ++k) {
-      to[k] = load_float(x, type, k);
-      sum += to[k];
+      const float value = load_float(x, type, k);
+      to[weight.bits == 4 ? (k & ~15) + (k & 1) * 8 + (k & 15) / 2 : k] = value;
+      sum += value;
     }
     sums[g] = sum;
   }
