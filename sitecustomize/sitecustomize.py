@@ -53,19 +53,18 @@ def _say(text):
 
 
 def _install():
-    if os.environ.get("ZMLX_AUTOPATCH", "").strip() == "0":
+    if os.environ.get("ZMLX_AUTOPATCH", "").strip() == "0" or sys.version_info < (3, 10):
         return
     log = os.environ.get("ZMLX_LOG", "").strip()
     try:
-        if sys.version_info < (3, 10):
-            raise ImportError("Python %d.%d" % sys.version_info[:2], name="zmlx_autopatch")
         from zmlx_autopatch import bootstrap
 
         bootstrap()
     except Exception as error:
-        if isinstance(error, ImportError) and getattr(error, "name", None) == "zmlx_autopatch":
+        missing = error.__class__.__name__ == "ModuleNotFoundError"
+        if missing and error.name == "zmlx_autopatch":
             if log == "debug":
-                _say("zmlx: %s is another environment: nothing to do here" % sys.executable)
+                _say("zmlx: not installed for %s: it stays as it is" % sys.executable)
             return
         # A child of this process would fail in the same way.
         os.environ["ZMLX_AUTOPATCH"] = "0"

@@ -46,9 +46,10 @@ def bootstrap() -> None:
 def state() -> dict[str, object]:
     """Return what the hook has seen in this process, as data that `json` can write.
 
-    Keys: `installed` (bool), `seen` (targets imported), `wrapped` (loaders), `lacking` (loader ->
-    why it is not wrapped), `loads`, `patched` (modules), `error` (the last one, or empty).
+    Keys: `installed` (bool), `targets` (modules waited for), `seen` (those imported), `wrapped`
+    (loaders), `lacking` (loader -> why it is not wrapped), `loads`, `patched` (modules of models),
+    `error` (the last one, or empty).
     """
-    from zmlx_autopatch.state import STATE  # noqa: PLC0415
+    from zmlx_autopatch.record import STATE  # noqa: PLC0415
 
     return STATE.as_dict()

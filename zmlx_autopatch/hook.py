@@ -13,8 +13,8 @@ import sys
 
 from zmlx_autopatch import variables
 from zmlx_autopatch.boundaries import BOUNDARIES
+from zmlx_autopatch.record import STATE
 from zmlx_autopatch.speech import say
-from zmlx_autopatch.state import STATE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import wrapt
 
 from zmlx_autopatch import variables
 from zmlx_autopatch.boundaries import BOUNDARIES, Boundary
+from zmlx_autopatch.record import STATE
 from zmlx_autopatch.speech import level, say
-from zmlx_autopatch.state import STATE
 
 
 class NotPatched(RuntimeError):
@@ -26,6 +26,19 @@ class NotPatched(RuntimeError):
 
 class LoaderWrapper(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]
     """A wrapped loader; its class is the mark that it is wrapped."""
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        """Pickle by name, as a function is; wrapt leaves this open."""
+        name: str = self.__wrapped__.__qualname__
+        return name
+
+    def __copy__(self) -> LoaderWrapper:
+        """Return itself, as the copy of a function is."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> LoaderWrapper:
+        """Return itself."""
+        return self
 
 
 class _Thread(threading.local):

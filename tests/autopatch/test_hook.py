@@ -164,7 +164,7 @@ def test_a_failure_of_the_hook_does_not_fail_the_import(python, tmp_path):  # 30
     (broken / "__init__.py").write_text("raise RuntimeError('wrapt is broken')\n")
     result = python("import mlx_lm; print(mlx_lm.load('m')[0])", before=(broken.parent,))
     assert (result.code, result.out) == (0, "['m']\n")
-    assert result.err == "zmlx: models stay as they are loaded: wrapt is broken\n"
+    assert result.err == "zmlx: models stay as they are loaded: RuntimeError: wrapt is broken\n"
 
 
 def test_a_target_that_is_a_folder_is_skipped(python, tmp_path):  # 29
@@ -290,13 +290,18 @@ def test_the_state_shows_a_hook_that_never_fired(python):  # 55, 56
         "targets": ["mlx_lm.utils"],
         "seen": [],
         "wrapped": [],
+        "lacking": {},
         "loads": 0,
         "patched": 0,
         "error": "",
     }
     assert after["seen"] == ["mlx_lm.utils"]
     assert after["wrapped"] == ["mlx_lm.utils.load", "mlx_lm.utils.sharded_load"]
-    assert (after["loads"], after["patched"], after["error"]) == (2, 1, "detection broke")
+    assert (after["loads"], after["patched"], after["error"]) == (
+        2,
+        1,
+        "ValueError: detection broke",
+    )
 
 
 def test_targets_are_the_modules_of_the_boundaries():
@@ -323,3 +328,159 @@ def test_a_kill_during_the_load_leaves_nothing_behind(python, tmp_path):
         """
     )
     assert (result.out, result.err) == ("-9\n['m', 'marked']\n", MARKED)
+
+
+def test_the_loader_answers_for_the_one_it_stands_for(python):  # 27
+    result = python(
+        """
+        import copy, importlib.util
+        spec = importlib.util.find_spec("mlx_lm.utils")
+        print(type(spec.loader).__name__, spec.loader.is_package("mlx_lm.utils"))
+        assert "def load_model" in spec.loader.get_source("mlx_lm.utils")
+        assert spec.loader.get_code("mlx_lm.utils").co_filename == spec.origin
+        assert spec.loader.get_resource_reader("mlx_lm.utils").is_resource("utils.py")
+        assert not hasattr(spec.loader, "no_such_attribute")
+        assert copy.copy(spec.loader).name == "mlx_lm.utils"
+        """
+    )
+    assert (result.code, result.out, result.err) == (0, "Loader False\n", "")
+
+
+def test_a_target_run_as_a_program(python, tmp_path):  # 27
+    package = tmp_path / "program" / "mlx_lm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "utils.py").write_text("print(__name__)\n")
+    code = """
+        import subprocess, sys
+        done = subprocess.run([sys.executable, "-m", "mlx_lm.utils"], capture_output=True)
+        print(done.returncode, done.stdout.decode(), done.stderr.decode(), end="")
+        """
+    assert python(code, before=(package.parent,)).out == "0 __main__\n "
+
+
+def test_a_wrapped_loader_is_pickled_and_copied_as_a_function_is(python):  # 28
+    result = python(
+        """
+        import copy, pickle, mlx_lm
+        assert pickle.loads(pickle.dumps(mlx_lm.load)) is mlx_lm.load
+        assert copy.deepcopy(mlx_lm.load) is mlx_lm.load
+        """
+    )
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_thread_that_imports_a_target_inside_of_its_package(python, tmp_path):  # 26
+    """A finder that takes import locks would wait here for the package, and the package for it."""
+    package = tmp_path / "threads" / "mlx_lm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import importlib, threading\n"
+        "load = lambda: importlib.import_module('mlx_lm.utils')\n"
+        "thread = threading.Thread(target=load, daemon=True)\n"
+        "thread.start()\nthread.join(10)\nstuck = thread.is_alive()\n"
+    )
+    (package / "utils.py").write_text("def load(path):\n    return [path], None\n")
+    result = python(
+        "import mlx_lm, sys; print(mlx_lm.stuck, sys.modules['mlx_lm.utils'].load('m')[0])",
+        before=(package.parent,),
+    )
+    assert (result.out, result.err) == ("False ['m', 'marked']\n", MARKED)
+
+
+def test_two_threads_that_load_at_once_both_get_a_patched_model(python):  # 39
+    result = python(
+        """
+        import threading, mlx_lm.utils as u
+        both = threading.Barrier(2, timeout=10)
+        inner = u.load_model
+        u.load.__wrapped__.__globals__["load_model"] = lambda path: (both.wait(), inner(path))[1]
+        models = {}
+        threads = [threading.Thread(target=lambda p=p: models.update({p: u.load(p)[0]}))
+                   for p in "ab"]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        print(models["a"], models["b"])
+        """
+    )
+    assert (result.out, result.err) == ("['a', 'marked'] ['b', 'marked']\n", MARKED * 2)
+
+
+def test_what_no_longer_loads_as_the_table_says_is_told(python, tmp_path):  # 38, 55
+    """A loader that became a generator must not pass for one that is hooked."""
+    package = tmp_path / "changed" / "mlx_lm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "utils.py").write_text("def load(path):\n    yield path\n")
+    result = python(
+        """
+        import mlx_lm.utils, zmlx_autopatch
+        print(list(mlx_lm.utils.load("m")), zmlx_autopatch.state()["wrapped"])
+        print(zmlx_autopatch.state()["lacking"])
+        """,
+        before=(package.parent,),
+    )
+    assert result.out == (
+        "['m'] []\n{'mlx_lm.utils.load': 'a generator or coroutine: its call returns no model', "
+        "'mlx_lm.utils.sharded_load': 'not there'}\n"
+    )
+
+
+def test_a_result_of_another_shape_is_returned_as_it_is(python, tmp_path):  # 41
+    package = tmp_path / "changed" / "mlx_lm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "utils.py").write_text("def load(path):\n    return None\n")
+    result = python("import mlx_lm.utils as u; print(u.load('m'))", before=(package.parent,))
+    assert result.out == "None\n"
+    assert result.err.startswith("zmlx: the model stays as it was loaded: TypeError: 'NoneType'")
+
+
+def test_a_method_can_be_a_boundary(python, tmp_path):
+    """Other loaders keep the model on an object: one entry in the table."""
+    (tmp_path / "builders.py").write_text(
+        "class Builder:\n    def __init__(self):\n        self.model = ['m']\n"
+        "    def build(self, *, fast):\n        return 'engine'\n"
+    )
+    result = python(
+        """
+        from zmlx_autopatch import boundaries
+        boundaries.BOUNDARIES.append(
+            boundaries.Boundary("builders", "Builder.build", lambda result, builder: builder.model))
+        import builders, zmlx_autopatch
+        zmlx_autopatch.install()
+        builder = builders.Builder()
+        print(builder.build(fast=True), builder.model)
+        zmlx_autopatch.uninstall()
+        print(type(builders.Builder.build).__name__)
+        """,
+        hook=False,
+        before=(tmp_path,),
+    )
+    assert result.out.splitlines()[0] == "engine ['m', 'marked']", result.err
+    assert result.err == "zmlx: marked by builders.Builder.build\n"
+
+
+def test_strict_raises_when_nothing_is_replaced(python):  # 55
+    body = """
+        import mlx_lm
+        try:
+            print(mlx_lm.load("plain")[0])
+        except RuntimeError as error:
+            print(type(error).__name__, error)
+        """
+    line = "zmlx: plain stays"
+    assert python(body).err == line + "\n"
+    assert python(body, ZMLX_STRICT="1").out == f"NotPatched {line}\n"
+
+
+def test_after_uninstall_a_loader_held_elsewhere_patches_nothing(python):
+    result = python(
+        """
+        import mlx_lm, zmlx_autopatch
+        held = [mlx_lm.load]
+        zmlx_autopatch.uninstall()
+        print(held[0]("m")[0])
+        """
+    )
+    assert (result.out, result.err) == ("['m']\n", "")

@@ -8,11 +8,15 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from zmlx_autopatch.launch import environment
 from zmlx_autopatch.launch.resolve import startup_is_disabled
+
+ROOT = Path(__file__).parents[2]
+FAKES = Path(__file__).with_name("fakes")
 
 
 def script(path, text, *, executable=True):
@@ -227,3 +231,81 @@ def test_a_termination_signal_reaches_the_command(tmp_path):  # 46: no orphan
         assert process.wait(10) == -signal.SIGTERM
     finally:
         process.kill()
+
+
+PARITY = """\
+import os, signal, sys
+print(sys.argv, sys.flags, sys.warnoptions, sys.stdin.isatty(), __name__, __file__)
+print([entry for entry in sys.path if os.path.basename(entry) != "sitecustomize"])
+print(sorted(m for m in sys.modules if not m.startswith(("zmlx_autopatch", "sitecustomize"))))
+print(sorted(set(os.environ) - {"PYTHONPATH"}), os.getcwd(), os.umask(0))
+print([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)])
+print([f for f in map(type, sys.meta_path) if f.__module__ != "zmlx_autopatch.hook"])
+print(sys.excepthook, sys.getrecursionlimit(), sys.path_hooks[0])
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("-O", "-W", "ignore"), ("-u", "-X", "utf8")])
+def test_a_program_sees_what_it_sees_without_us(zmlx_run, tmp_path, flags):  # 48, 52
+    file = script(tmp_path / "probe.py", PARITY, executable=False)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ZMLX_")}
+    # What the launcher of these tests puts on the path.
+    environment["PYTHONPATH"] = os.pathsep.join([str(FAKES), str(ROOT)])
+    command = [sys.executable, *flags, str(file), "a b", "--strict"]
+    native = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+    )
+    ours = zmlx_run(*command)
+    assert (ours.code, ours.err) == (0, native.stderr)
+    # The one module of the standard library that ours import.
+    assert ours.out.replace("'__future__', ", "") == native.stdout.replace("'__future__', ", "")
+
+
+def test_names_with_a_dot_are_modules_before_programs_and_others_after(tmp_path, monkeypatch):
+    """`zmlx run code` is an editor for most people, and a module of the standard library."""  # 47
+    from zmlx_autopatch.launch.resolve import resolve
+
+    for name in ("code", "json.tool"):
+        script(tmp_path / name, "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert resolve("code", ["a"]) == [str(tmp_path / "code"), "a"]
+    assert resolve("json.tool", ["a"]) == [sys.executable, "-m", "json.tool", "a"]
+    monkeypatch.setenv("PATH", "")
+    assert resolve("code", ["a"]) == [sys.executable, "-m", "code", "a"]
+
+
+def test_modules_are_found_without_importing_their_parents(tmp_path, monkeypatch):
+    from zmlx_autopatch.launch.resolve import NotFound, resolve
+
+    package = tmp_path / "costly"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (package / "tool.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("costly.tool", [])[1:] == ["-m", "costly.tool"]
+    for name in ("costly", "costly.none", "costly.tool.more", "no-name.x"):
+        with pytest.raises(NotFound):
+            resolve(name, [])
+
+
+def test_an_interrupt_ends_the_command_as_it_would_without_us(tmp_path):  # 51
+    """Ctrl-C reaches the program alone; no line of the traceback is ours."""
+    body = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-c", body]
+    native, ours = (
+        subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=ROOT)
+        for prefix in ([], [sys.executable, "-m", "zmlx", "run"])
+    )
+    assert (ours.returncode, ours.stderr) == (native.returncode, native.stderr)
+    assert native.returncode == -signal.SIGINT
+
+
+def test_what_the_system_cannot_start(zmlx_run, tmp_path):  # 49
+    file = script(tmp_path / "tool", "no first line\n")
+    result = zmlx_run(str(file))
+    assert (result.code, result.err) == (126, f"zmlx run: {file}: Exec format error\n")
+
+
+def test_usage(zmlx_run):
+    assert zmlx_run().code == 2
+    assert zmlx_run("--no-such-option", "x").code == 2

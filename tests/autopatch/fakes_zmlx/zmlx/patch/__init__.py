@@ -18,11 +18,23 @@ class Report:
         return self.line() + "\n  a page"
 
 
+class Untouched(Report):
+    """The report on a model of which nothing was replaced."""
+
+    patched_count = 0
+
+    def line(self):
+        """Return the line."""
+        return "zmlx: plain stays"
+
+
 def patch_loaded(model, *, origin):
     """Mark a model, or fail as its name says."""
     if "broken" in model:
         raise ValueError("detection broke")
     if "interrupt" in model:
         raise KeyboardInterrupt
+    if "plain" in model:
+        return Untouched(origin)
     model.append("marked")
     return Report(origin)

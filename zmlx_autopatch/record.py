@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from zmlx_autopatch.boundaries import BOUNDARIES
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from zmlx_autopatch.hook import Finder
@@ -45,6 +47,7 @@ class State:
         """Return it as data that `json` can write."""
         return {
             "installed": self.finder is not None and self.finder in sys.meta_path,
+            "targets": sorted({boundary.module for boundary in BOUNDARIES}),
             "seen": list(self.seen),
             "wrapped": list(self.wrapped),
             "lacking": dict(self.lacking),
