@@ -21,7 +21,13 @@ STAGES = (
     "zmlx.backend",
 )
 #: Facts that any stage may read; they import no stage.
-LEAVES = ("zmlx.version", "zmlx.toml", "zmlx_autopatch.variables", "zmlx_autopatch.speech")
+LEAVES = (
+    "zmlx.version",
+    "zmlx.toml",
+    "zmlx.console",
+    "zmlx_autopatch.variables",
+    "zmlx_autopatch.speech",
+)
 
 
 def stage_of(module: str) -> int | None:

@@ -37,7 +37,8 @@ def _built():
 
 def run(script: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SETUP + script],
+        # From 3.12 on Python warns about every fork of a process with threads.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", SETUP + script],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zmlx.bench.capsule import Capsule, CapsuleError, read
+from zmlx.console import wide_console
 
 #: Columns of text that the table with the spread of the runs takes.
 _WIDE = 100
@@ -79,12 +80,6 @@ def show(capsule: Capsule, console: Console | None = None) -> None:
     console.print(table(capsule, spread=console.width >= _WIDE))
     for line in (*capsule.notes, *environment_lines(capsule)):
         console.print(line, markup=False, soft_wrap=True)
-
-
-def wide_console() -> Console:
-    """Return a console on stdout: as wide as the terminal, or wide enough in a file or pipe."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=_WIDE)
 
 
 def main() -> None:

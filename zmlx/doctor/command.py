@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zmlx.bench.loading import LoadError
-from zmlx.bench.report import wide_console
+from zmlx.console import wide_console
 from zmlx.doctor.examine import Facts, examine
 from zmlx.doctor.findings import Finding, findings
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from zmlx.console import wide_console
 from zmlx.family.detect import detect
 from zmlx.family.table import Family, ModelType, table
 
@@ -51,7 +50,7 @@ def family(model_path: Path, as_json: bool) -> None:
     for key, value in facts.items():
         for number, line in enumerate(_lines(value)):
             grid.add_row("" if number else key.replace("_", " "), Text(line))
-    Console(file=sys.stdout, soft_wrap=True).print(grid)
+    wide_console().print(grid)
 
 
 def _lines(value: Any) -> list[str]:

@@ -10,6 +10,9 @@ activations. Formulas and arguments are those of the functions of the same names
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import mlx.core as mx
 
 from zmlx.kernels.spec import KernelSpec, Sample, register
@@ -34,7 +37,7 @@ def _rope_reference(
 ) -> mx.array:
     half = dims // 2
     if freqs is None:
-        inverse = mx.exp(-mx.arange(half) * (mx.log(mx.array(base)) / half))
+        inverse = mx.exp(-mx.arange(half) * (math.log(cast(float, base)) / half))
     else:
         inverse = 1 / freqs.astype(mx.float32)
     start = mx.array(offset).reshape(-1, *[1] * (a.ndim - 2))

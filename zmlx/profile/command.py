@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zmlx.console import wide_console
 from zmlx.profile.resolve import available_profiles, resolve_policy
 from zmlx.profile.schema import Policy, ProfileError
 
@@ -42,7 +41,7 @@ def show(name: str | None, as_json: bool) -> None:
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         source = policy.sources.get("profile" if key == "name" else key, "")
         table.add_row(key, Text(shown), Text(source))
-    console = Console(file=sys.stdout, soft_wrap=True)
+    console = wide_console()
     console.print(table)
     for note in policy.notes:
         console.print(Text(note))
@@ -56,7 +55,7 @@ def list_profiles() -> None:
     for name, where in available_profiles().items():
         mark = "*" if name == in_force else ""
         table.add_row(mark, name, Text(_policy(name).description), Text(where))
-    Console(file=sys.stdout, soft_wrap=True).print(table)
+    wide_console().print(table)
 
 
 def _policy(name: str | None) -> Policy:

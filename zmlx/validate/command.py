@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from zmlx.bench.capsule import write
 from zmlx.bench.loading import LoadError, load_checkpoint
-from zmlx.bench.report import wide_console
+from zmlx.console import wide_console
 from zmlx.profile import ProfileError, resolve_policy
 from zmlx.validate.compare import Comparison, compare, steps
 from zmlx.validate.contract import judge

@@ -149,7 +149,7 @@ def _members(forward: Forward, found: list[Site], backend: str) -> dict[str, Any
         substitutions[site.call.func] = expression(
             f"stock if {own}._training else {own}.{name}", stock=site.call.func
         )
-    members["__call__"] = rewritten(forward, substitutions)  # type: ignore[arg-type]
+    members["__call__"] = rewritten(forward, substitutions)
     return members
 
 
