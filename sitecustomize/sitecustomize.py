@@ -20,7 +20,7 @@ def _run_the_users_own():
     try:
         import sitecustomize  # noqa: F401 - the next one on the path, if there is one
     except ImportError as error:
-        if getattr(error, "name", None) != "sitecustomize":
+        if getattr(error, "name", "sitecustomize") != "sitecustomize":
             _report(error)
     except Exception as error:
         _report(error)
