@@ -292,8 +292,9 @@ def test_an_interrupt_ends_the_command_as_it_would_without_us(tmp_path):  # 51
     """Ctrl-C reaches the program alone; no line of the traceback is ours."""
     body = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     command = [sys.executable, "-c", body]
+    reachable = {**os.environ, "PYTHONPATH": str(ROOT)}
     native, ours = (
-        subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=ROOT)
+        subprocess.run([*prefix, *command], capture_output=True, text=True, env=reachable)
         for prefix in ([], [sys.executable, "-m", "zmlx", "run"])
     )
     assert (ours.returncode, ours.stderr) == (native.returncode, native.stderr)
@@ -309,3 +310,30 @@ def test_what_the_system_cannot_start(zmlx_run, tmp_path):  # 49
 def test_usage(zmlx_run):
     assert zmlx_run().code == 2
     assert zmlx_run("--no-such-option", "x").code == 2
+
+
+def test_a_deleted_current_folder(zmlx_run):
+    gone = "mkdir gone; cd gone; rmdir ../gone; exec"
+    inner = f"{sys.executable} -c 'from zmlx.cli import main; main()' run sh -c 'echo started'"
+    result = zmlx_run("sh", "-c", f"{gone} {inner}")
+    assert (result.code, result.out.splitlines()[-1:]) == (0, ["started"])
+    result = zmlx_run("sh", "-c", f"{gone} {inner.replace('sh -c', 'no.such.thing')}")
+    assert result.code == 127
+
+
+def test_a_checkout_that_is_not_installed_is_pointed_out(monkeypatch, capsys, tmp_path):  # 55
+    """`python -m zmlx` works there, and what it starts finds no zmlx: silence would mislead."""
+    from zmlx_autopatch.launch import command, resolve
+
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert resolve.is_installed("click")
+    assert not resolve.is_installed("only_here")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert resolve.is_installed("only_here")
+
+    monkeypatch.setattr(command, "is_installed", lambda package: False)
+    command._warn(["/bin/echo"])
+    assert capsys.readouterr().err == (
+        "zmlx: zmlx is in the current folder, but not installed: models stay as they are loaded\n"
+    )

@@ -8,6 +8,8 @@ import os
 import pkgutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import mlx_lm
 import mlx_lm.utils
@@ -52,10 +54,23 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(folder, model_type="llama", quantize={"bits": 4, "group_size": 32})
 
 
+@pytest.fixture(autouse=True)
+def reachable(monkeypatch):
+    """Have children find this checkout, installed or not."""
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+
+
+#: The console script, as a user's shell finds it.
+SCRIPT = Path(sysconfig.get_path("scripts")) / "mlx_lm.generate"
+STOCK = (sys.executable, str(SCRIPT))
+OURS = (sys.executable, "-m", "zmlx", "run", "mlx_lm.generate")
+
+
 def generate(*command: str, model, **variables: str):
     arguments = ["--model", str(model), "--prompt", "hello", "--max-tokens", "5", "--verbose", "F"]
     return subprocess.run(
-        [*command, "mlx_lm.generate", *arguments],
+        [*command, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **variables},
@@ -64,8 +79,8 @@ def generate(*command: str, model, **variables: str):
 
 
 def test_generate_under_zmlx_run(checkpoint):
-    stock = generate(sys.executable, "-m", model=checkpoint)
-    ours = generate(sys.executable, "-m", "zmlx", "run", model=checkpoint)
+    stock = generate(*STOCK, model=checkpoint)
+    ours = generate(*OURS, model=checkpoint)
     assert (stock.returncode, ours.returncode) == (0, 0), ours.stderr
     assert ours.stdout == stock.stdout
     lines = [line for line in ours.stderr.splitlines() if line.startswith("zmlx: ")]
@@ -74,23 +89,21 @@ def test_generate_under_zmlx_run(checkpoint):
 
 
 def test_autopatch_off_and_a_broken_profile_leave_the_model(checkpoint, tmp_path):
-    off = generate(sys.executable, "-m", "zmlx", "run", model=checkpoint, ZMLX_AUTOPATCH="0")
+    off = generate(*OURS, model=checkpoint, ZMLX_AUTOPATCH="0")
     assert (off.returncode, "zmlx" in off.stderr) == (0, False)
-    broken = generate(sys.executable, "-m", "zmlx", "run", model=checkpoint, ZMLX_PROFILE="nope")
+    broken = generate(*OURS, model=checkpoint, ZMLX_PROFILE="nope")
     assert broken.returncode == 0
     assert broken.stdout == off.stdout
     assert "zmlx: the model stays as it was loaded: ProfileError: profile 'nope'" in broken.stderr
-    strict = generate(
-        *(sys.executable, "-m", "zmlx", "run", "--strict"), model=checkpoint, ZMLX_PROFILE="nope"
-    )
+    strict = generate(*OURS[:-1], "--strict", OURS[-1], model=checkpoint, ZMLX_PROFILE="nope")
     assert strict.returncode == 1
     assert "ProfileError" in strict.stderr
 
 
 def test_a_missing_model_is_mlx_lms_own_error(tmp_path):
     missing = tmp_path / "no such model"
-    stock = generate(sys.executable, "-m", model=missing, HF_HUB_OFFLINE="1")
-    ours = generate(sys.executable, "-m", "zmlx", "run", model=missing, HF_HUB_OFFLINE="1")
+    stock = generate(*STOCK, model=missing, HF_HUB_OFFLINE="1")
+    ours = generate(*OURS, model=missing, HF_HUB_OFFLINE="1")
     assert ours.returncode == stock.returncode != 0
     assert ours.stderr.splitlines()[-1] == stock.stderr.splitlines()[-1]
     assert "zmlx: " not in ours.stderr
@@ -102,7 +115,7 @@ def test_a_model_loaded_by_a_program_carries_its_report(checkpoint):
         "print(model._zmlx_patch_result.patched_count > 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "zmlx", "run", sys.executable, "-c", code],
+        [*OURS[:-1], sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=120,

@@ -20,6 +20,7 @@ from zmlx_autopatch.launch.resolve import (
     NotExecutable,
     NotFound,
     foreign_interpreter,
+    is_installed,
     resolve,
     startup_is_disabled,
 )
@@ -63,6 +64,10 @@ def _warn(argv: list[str]) -> None:
     flag = startup_is_disabled(argv)
     if flag is not None:
         say(f"zmlx: python {flag} runs without start-up files: models stay as they are loaded")
+    if not is_installed("zmlx_autopatch"):
+        say(
+            "zmlx: zmlx is in the current folder, but not installed: models stay as they are loaded"
+        )
     other = foreign_interpreter(argv)
     if other is not None:
         say(f"zmlx: {argv[0]} is run by {other}: install zmlx there, or its models stay stock")

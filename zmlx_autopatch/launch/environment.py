@@ -52,7 +52,4 @@ def command_environment(
 
 
 def _same(one: str, other: str) -> bool:
-    def normal(path: str) -> str:
-        return os.path.normcase(os.path.normpath(os.path.abspath(path)))
-
-    return normal(one) == normal(other)
+    return os.path.normcase(os.path.abspath(one)) == os.path.normcase(os.path.abspath(other))

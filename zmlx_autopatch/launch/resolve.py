@@ -94,6 +94,15 @@ def foreign_interpreter(argv: list[str]) -> str | None:
     return None if os.path.dirname(words[0]) == os.path.dirname(sys.executable) else words[0]
 
 
+def is_installed(package: str) -> bool:
+    """Whether an interpreter that starts elsewhere finds a package too.
+
+    One that lies in the current folder is seen by `python -m`, and by nothing that it starts.
+    """
+    first_is_the_programs_own = not getattr(sys.flags, "safe_path", False)
+    return _find(package, sys.path[first_is_the_programs_own:]) is not None
+
+
 def _executable(path: str) -> str:
     if not os.path.isfile(path):
         raise NotFound(f"{path}: no such file")
@@ -142,7 +151,7 @@ def _is_module(name: str) -> bool:
 def _find(name: str, path: list[str] | None) -> ModuleSpec | None:
     """Ask the finders themselves: `importlib.util.find_spec` would import the parent packages."""
     if path is None:
-        path = [os.getcwd(), *sys.path]  # the interpreter with -m starts at the current folder
+        path = ["", *sys.path]  # the interpreter with -m starts at the current folder
     for finder in sys.meta_path:
         spec = finder.find_spec(name, path)
         if spec is not None:
