@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen3_moe
+from mlx_lm.models import llama, mla, qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -252,6 +252,20 @@ def test_forty_eight_layers_in_under_a_second_and_no_memory(make_llama):
     assert time.perf_counter() - started < 1.0
     assert model._zmlx_patch_result.patched_count == 48 * 12 + 2
     assert mx.get_active_memory() <= before * 1.01
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_products_per_head(length, counted):
+    layer = mla.QuantizedMultiLinear(64, 24, 6, 32, 4, "affine")
+    layer.eval()
+    x = mx.random.normal((2, 6, length, 64))
+    back = mx.random.normal((2, 6, length, 24))
+    stock = layer(x), layer(back, transpose=False)
+    patterns()["quantized_linear"].apply(layer)
+    assert error(layer(x), stock[0]) < 1e-5
+    assert counted == {"gather_quantized_matmul": 1}
+    assert mx.array_equal(layer(back, transpose=False), stock[1])
+    assert counted == {"gather_quantized_matmul": 1}
 
 
 # Choices

@@ -4,8 +4,9 @@ Before   y = mx.quantized_matmul(x, w, s, b) [+ bias]         QuantizedLinear
          y = mx.gather_qmm(x, w, s, b, rhs_indices=i)         QuantizedSwitchLinear
 After    one kernel each, sums in float32, bias added before the only rounding.
 
-Also `QuantizedEmbedding.as_linear`, the output projection of models with tied embeddings. Layers in
-training mode, and shapes or dtypes that a kernel does not take, run the stock operation.
+Also `QuantizedEmbedding.as_linear`, the output projection of models with tied embeddings, and the
+products per head of latent attention (QuantizedMultiLinear). Layers in training mode, and shapes or
+dtypes that a kernel does not take, run the stock operation.
 """
 
 from __future__ import annotations
@@ -99,6 +100,34 @@ def _switch_linear(backend: str) -> Any:
     return namespace
 
 
+def _multi_linear(backend: str) -> Any:
+    gather = GATHER_QUANTIZED_MATMUL.implementation(backend)
+
+    def namespace(base: type) -> dict[str, Any]:
+        stock = base.__call__
+
+        def __call__(self: Any, x: mx.array, transpose: bool = True) -> mx.array:
+            heads = self["weight"].shape[0]
+            if self._training or not transpose or x.ndim != 4 or x.shape[1] != heads:
+                return stock(self, x, transpose)  # type: ignore[no-any-return]
+            # Each head is an expert that every token of that head chooses.
+            head = mx.arange(heads, dtype=mx.uint32)[None, :, None]
+            y = gather(
+                x[..., None, :],
+                self["weight"],
+                self["scales"],
+                self["biases"],
+                mx.broadcast_to(head, x.shape[:-1]),
+                group_size=self.group_size,
+                bits=self.bits,
+            )
+            return y.squeeze(-2)
+
+        return {"__call__": __call__}
+
+    return namespace
+
+
 #: class, by the module that defines it -> (kernel, members of the replacement, what is replaced)
 _LAYERS = {
     ("mlx.nn.layers.quantized", "QuantizedLinear"): (QUANTIZED_MATMUL, _linear, "__call__"),
@@ -106,6 +135,11 @@ _LAYERS = {
     ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear"): (
         GATHER_QUANTIZED_MATMUL,
         _switch_linear,
+        "__call__",
+    ),
+    ("mlx_lm.models.mla", "QuantizedMultiLinear"): (
+        GATHER_QUANTIZED_MATMUL,
+        _multi_linear,
         "__call__",
     ),
 }
