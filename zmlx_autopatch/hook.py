@@ -37,8 +37,7 @@ class Finder:
                 continue
             spec: Any = finder.find_spec(name, path, target)
             if spec is not None:
-                # A namespace package has no loader, or one that runs nothing.
-                if spec.origin is not None and hasattr(spec.loader, "exec_module"):
+                if hasattr(spec.loader, "exec_module"):
                     spec.loader = Loader(spec.loader)
                 return spec
         return None

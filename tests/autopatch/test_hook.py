@@ -221,7 +221,9 @@ def test_install_by_hand_rebinds_what_is_bound_already(python):  # 33, 34
         import sys
         print(L("a")[0], mlx_lm.load("b")[0], sys.modules["mlx_lm.generate"].load("c")[0])
         print(partial("d")[0])  # cannot be reached, and says nothing
+        assert type(L) is not type(L.__wrapped__) is type(mlx_lm.convert)
         zmlx_autopatch.uninstall()
+        assert type(L) is type(mlx_lm.convert)
         print(L("e")[0], mlx_lm.load("f")[0], zmlx_autopatch.state()["installed"])
         """,
         hook=False,
@@ -481,6 +483,17 @@ def test_after_uninstall_a_loader_held_elsewhere_patches_nothing(python):
         held = [mlx_lm.load]
         zmlx_autopatch.uninstall()
         print(held[0]("m")[0])
+        """
+    )
+    assert (result.out, result.err) == ("['m']\n", "")
+
+
+def test_turned_off_while_it_runs(python):
+    result = python(
+        """
+        import mlx_lm, os
+        os.environ["ZMLX_AUTOPATCH"] = "0"
+        print(mlx_lm.load("m")[0])
         """
     )
     assert (result.out, result.err) == ("['m']\n", "")

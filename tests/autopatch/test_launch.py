@@ -337,3 +337,23 @@ def test_a_checkout_that_is_not_installed_is_pointed_out(monkeypatch, capsys, tm
     assert capsys.readouterr().err == (
         "zmlx: zmlx is in the current folder, but not installed: models stay as they are loaded\n"
     )
+
+
+def test_what_was_written_is_flushed_before_the_command_takes_over(monkeypatch):  # 50
+    import io
+
+    from zmlx_autopatch.launch import command
+
+    class Stream(io.StringIO):
+        flushed = False
+
+        def flush(self):
+            self.flushed = True
+
+    streams = Stream(), Stream()
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    seen = []
+    monkeypatch.setattr(os, "execve", lambda *call: seen.append([s.flushed for s in streams]))
+    command._become(["/bin/echo"], {})
+    assert seen == [[True, True]]
