@@ -192,8 +192,10 @@ def test_the_start_loads_only_what_is_ours(python):  # 15
     body = "import sys; print(*sorted(sys.modules))"
     native, hooked = (set(python(body, hook=hook).out.split()) for hook in (False, True))
     ours = {"boundaries", "hook", "record", "speech", "variables"}
-    assert hooked - native == {
-        *("__future__", "sitecustomize", "zmlx_autopatch"),
+    # With an editable installation the folder itself is a namespace package of that name.
+    assert "sitecustomize" in hooked
+    assert hooked - native - {"sitecustomize"} == {
+        *("__future__", "zmlx_autopatch"),
         *(f"zmlx_autopatch.{name}" for name in ours),
     }
 
