@@ -290,7 +290,11 @@ def test_modules_are_found_without_importing_their_parents(tmp_path, monkeypatch
 
 def test_an_interrupt_ends_the_command_as_it_would_without_us(tmp_path):  # 51
     """Ctrl-C reaches the program alone; no line of the traceback is ours."""
-    body = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    # A background job of a shell inherits an ignored SIGINT.
+    body = (
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
     command = [sys.executable, "-c", body]
     reachable = {**os.environ, "PYTHONPATH": str(ROOT)}
     native, ours = (

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from upstream import NEWEST, newest_only
 
 from zmlx.family import family_names, model_types
 from zmlx.family.table import parse, table
@@ -68,7 +69,8 @@ def closure(block: str) -> str:
 
 def test_every_model_type_is_in_the_table_and_nothing_else():
     files = {file.stem for file in (UPSTREAM / "models").glob("*.py")}
-    assert set(model_types()) == files - PARTS
+    assert files - PARTS <= set(model_types())
+    assert files - PARTS == set(model_types()) or not NEWEST
 
 
 def test_every_part_is_a_part():
@@ -76,6 +78,7 @@ def test_every_part_is_a_part():
         assert not re.search(r"^class Model(Args)?\b", source(name), re.M), f"{name} is a model"
 
 
+@newest_only
 def test_names_that_mlx_lm_maps_to_others():
     assert dict(table().aliases) == upstream_constant("MODEL_REMAPPING")
     assert dict(table().architectures) == upstream_constant("MODEL_ARCHITECTURE_REMAPPING")
@@ -108,6 +111,7 @@ ROUTER_SOURCE = {
 SIGMOID = {"sigmoid_bias", "grouped_sigmoid_bias", "sigmoid_blend", "input_scaled"}
 
 
+@newest_only
 @pytest.mark.parametrize("name", ROUTED)
 def test_the_router_is_what_upstream_computes(name):
     row = ROUTED[name]
@@ -138,6 +142,7 @@ EXPERTS_SOURCE = {
 }
 
 
+@newest_only
 @pytest.mark.parametrize("name", [n for n in ROUTED if ROUTED[n].router != "expert_list"])
 def test_the_activation_of_the_experts_is_upstreams(name):
     row = ROUTED[name]
@@ -155,6 +160,7 @@ def test_the_activation_of_the_experts_is_upstreams(name):
     assert (calls[0].func.id == "SwitchMLP") == (row.experts in ("gelu", "relu2"))
 
 
+@newest_only
 @pytest.mark.parametrize("name", ROUTED)
 def test_shared_experts_are_named_as_upstream_names_them(name):
     row = ROUTED[name]
@@ -184,6 +190,7 @@ MLP_SOURCE = {
 }
 
 
+@newest_only
 @pytest.mark.parametrize("name", [n for n, row in model_types().items() if row.mlp])
 def test_the_activation_of_the_dense_mlp_is_upstreams(name):
     row = model_types()[name]
@@ -198,6 +205,7 @@ def test_the_activation_of_the_dense_mlp_is_upstreams(name):
         assert not any("swiglu(" in text for text in texts)
 
 
+@newest_only
 def test_types_without_a_dense_mlp_have_none():
     for name, row in model_types().items():
         if not row.mlp:
@@ -206,6 +214,7 @@ def test_types_without_a_dense_mlp_have_none():
             ), name
 
 
+@newest_only
 def test_kinds_fit_the_facts():
     for name, row in model_types().items():
         routed = row.kind in ("moe", "hybrid_moe")

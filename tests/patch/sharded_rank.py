@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import qwen3_moe
+from mlx_lm.models import glm4_moe
 
 from zmlx.kernels.spec import relative_error
 from zmlx.patch import patch, unpatch
@@ -15,27 +15,34 @@ from zmlx.patch import patch, unpatch
 
 def build() -> nn.Module:
     mx.random.seed(8)
-    args = qwen3_moe.ModelArgs(
-        model_type="qwen3_moe",
-        hidden_size=128,
-        num_hidden_layers=2,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=6,
-        num_experts_per_tok=2,
-        decoder_sparse_step=2,  # one dense layer and one of experts
-        mlp_only_layers=[],
-        moe_intermediate_size=128,
-        rms_norm_eps=1e-5,
+    args = glm4_moe.ModelArgs(
+        model_type="glm4_moe",
         vocab_size=101,
-        rope_theta=1e4,
-        tie_word_embeddings=False,
+        hidden_size=128,
+        intermediate_size=256,
         max_position_embeddings=512,
+        moe_intermediate_size=128,
         norm_topk_prob=True,
+        num_attention_heads=4,
+        n_group=1,
+        head_dim=32,
+        topk_group=1,
+        n_shared_experts=1,
+        n_routed_experts=6,
+        routed_scaling_factor=1.5,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,  # one dense layer and one of experts
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        use_qk_norm=True,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        partial_rotary_factor=0.5,
     )
-    model = qwen3_moe.Model(args)
+    model = glm4_moe.Model(args)
     nn.quantize(model, group_size=32, bits=4)
     model.eval()
     mx.eval(model.parameters())

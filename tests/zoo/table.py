@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
+from upstream import installed_types
 from zoo.build import FORMS, made, reference
 from zoo.compare import Logits, alone, judge, long, ragged, run
-from zoo.configs import CONFIGS, CRASHES, NARROW
+from zoo.configs import CRASHES, NARROW
 
 from zmlx.patch import PatchReport, patch, unpatch
 
@@ -25,7 +26,7 @@ def main(names: list[str]) -> None:
     print("|", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in columns), "|")
     outcomes: Counter[str] = Counter()
-    for name in names or list(CONFIGS):
+    for name in names or list(installed_types()):
         cells = []
         for form in FORMS:
             model = made(name, form)
@@ -35,7 +36,7 @@ def main(names: list[str]) -> None:
         report: PatchReport = patch(model)._zmlx_patch_result
         counts = ", ".join(f"{key} {n}" for key, n in sorted(report.pattern_counts.items()))
         print("|", " | ".join([name, report.family, counts or "-", _refused(report), *cells]), "|")
-    print(f"\n{len(names or CONFIGS)} types; runs:", dict(outcomes))
+    print(f"\n{len(names or installed_types())} types; runs:", dict(outcomes))
 
 
 def _errors(

@@ -233,8 +233,12 @@ def _is_future(node: ast.Import | ast.ImportFrom) -> bool:
 
 def _identity(code: CodeType) -> tuple[Any, ...]:
     """Return what two code objects of the same function share, wherever they were compiled."""
+    # Before Python 3.11, the qualified name of a nested function is a constant beside its code.
+    inner = {f".<locals>.{c.co_name}" for c in code.co_consts if isinstance(c, CodeType)}
     constants = tuple(
-        _identity(constant) if isinstance(constant, CodeType) else repr(constant)
+        _identity(constant)
+        if isinstance(constant, CodeType)
+        else next((end for end in inner if str(constant).endswith(end)), repr(constant))
         for constant in code.co_consts
     )
     return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants
