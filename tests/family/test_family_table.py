@@ -326,7 +326,10 @@ WRONG = {
     "key": (SMALL.replace("mlp =", "mpl =", 1), "types.one.mpl: unknown key 'mpl'; allowed: fam"),
     "missing": (SMALL.replace('kind = "dense", ', ""), "types.two: the key kind is missing"),
     "alias": (SMALL.replace('other = "one"', 'other = "nine"'), "aliases.other: unknown name"),
-    "pattern": (refuse(pattern='"moe"'), "unknown pattern 'moe'; allowed: fast_ops, geglu_mlp"),
+    "pattern": (
+        refuse(pattern='"moe"'),
+        "unknown pattern 'moe'; allowed: decode_step, fast_",
+    ),
     "reason": (refuse(reason=""), "the key reason is missing: a refusal says what and why"),
     "evidence": (refuse(evidence='""'), "the key evidence is missing"),
     "backend": (refuse(backends='["gpu"]'), "unknown backend 'gpu'; allowed: cpu, metal, cuda"),

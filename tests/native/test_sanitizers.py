@@ -12,7 +12,16 @@ import pytest
 from zmlx.backend.cpu import build
 
 #: They hold MLX types; all others are plain C++.
-WITH_MLX = ("primitives.cpp", "step_primitives.cpp", "binding.cpp")
+WITH_MLX = (
+    "primitives.cpp",
+    "step_primitives.cpp",
+    "binding.cpp",
+    "view.cpp",
+    "operations.cpp",
+    "arithmetic.cpp",
+    "program.cpp",
+    "fuse.cpp",
+)
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])

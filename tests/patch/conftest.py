@@ -24,11 +24,17 @@ def _finished(model: nn.Module, dtype: mx.Dtype, bits: int | None) -> nn.Module:
 def make_llama():
     """Return a function that builds a random dense model of two layers."""
 
-    def make(*, layers: int = 2, dtype: mx.Dtype = mx.float32, bits: int | None = 4) -> nn.Module:
+    def make(
+        *,
+        layers: int = 2,
+        dtype: mx.Dtype = mx.float32,
+        bits: int | None = 4,
+        hidden: int = 96,
+    ) -> nn.Module:
         mx.random.seed(7)
         args = llama.ModelArgs(
             model_type="llama",
-            hidden_size=96,
+            hidden_size=hidden,
             num_hidden_layers=layers,
             intermediate_size=160,
             num_attention_heads=4,

@@ -75,6 +75,7 @@ def test_replaced_layers_call_the_kernels_and_restored_ones_do_not(make_moe, tok
         "rms_norm": 4 * layers + 1,  # two of the layer, two of the heads, the last
         "rope": 2 * layers,
         "scaled_dot_product_attention": layers,
+        "program": 1,
     }
     counted.clear()
     unpatch(model)
@@ -118,7 +119,7 @@ def test_two_models_in_one_process_are_two_plans(make_llama, make_moe, tokens):
     assert mx.array_equal(moe(tokens), stock)
     patch(moe, exclude=["quantized_linear"])
     unpatch(dense)
-    assert set(moe._zmlx_patch_result.pattern_counts) == {"moe_mlp", "fast_ops"}
+    assert set(moe._zmlx_patch_result.pattern_counts) == {"moe_mlp", "fast_ops", "decode_step"}
     assert error(moe(tokens), stock) < 1e-5
 
 
@@ -194,7 +195,7 @@ def test_save_and_load(make_llama, tokens, tmp_path):
 def test_quantise_after_patching(make_llama, tokens):
     model = make_llama(bits=None)
     patch(model)
-    assert set(model._zmlx_patch_result.pattern_counts) == {"fast_ops"}
+    assert set(model._zmlx_patch_result.pattern_counts) == {"fast_ops", "decode_step"}
     nn.quantize(model, group_size=32, bits=8)
     stock = unpatch(model)(tokens)
     patch(model)
@@ -250,7 +251,7 @@ def test_forty_eight_layers_in_under_a_second_and_no_memory(make_llama):
     started = time.perf_counter()
     patch(model)
     assert time.perf_counter() - started < 1.0
-    assert model._zmlx_patch_result.patched_count == 48 * 12 + 2
+    assert model._zmlx_patch_result.patched_count == 48 * 12 + 3
     assert mx.get_active_memory() <= before * 1.01
 
 
@@ -281,7 +282,11 @@ def test_presets():
 def test_patterns_and_exclude(make_llama):
     model = make_llama()
     patch(model, exclude=["swiglu_mlp"])
-    assert set(model._zmlx_patch_result.pattern_counts) == {"quantized_linear", "fast_ops"}
+    assert set(model._zmlx_patch_result.pattern_counts) == {
+        "quantized_linear",
+        "fast_ops",
+        "decode_step",
+    }
     patch(model, patterns=["swiglu_mlp"], exclude=["swiglu_mlp"])
     assert model._zmlx_patch_result.patched_count == 0
 
@@ -344,7 +349,7 @@ def test_other_quantization_modes_are_refused_with_the_reason(make_llama, mode, 
     model = make_llama(bits=None)
     nn.quantize(model, group_size=group, bits=8 if mode == "mxfp8" else 4, mode=mode)
     patch(model)
-    assert set(model._zmlx_patch_result.pattern_counts) == {"fast_ops"}
+    assert set(model._zmlx_patch_result.pattern_counts) == {"fast_ops", "decode_step"}
     wanted = f"quantization mode {mode}: the kernels take affine"
     assert reasons(model, "quantized_linear") == {wanted}
     assert reasons(model, "swiglu_mlp") == {f"gate_proj: {wanted}"}
@@ -417,7 +422,11 @@ def test_a_kernel_that_is_wrong_is_refused_by_its_probe(
     patch(model)
     (reason,) = reasons(model, "quantized_linear")
     assert "quantized_matmul" in reason
-    assert model._zmlx_patch_result.pattern_counts == {"swiglu_mlp": 2, "fast_ops": 9}
+    assert model._zmlx_patch_result.pattern_counts == {
+        "swiglu_mlp": 2,
+        "fast_ops": 9,
+        "decode_step": 1,
+    }
     assert error(model(tokens), stock) < 1e-5
 
 
@@ -496,8 +505,13 @@ def test_report_as_data_line_and_page(make_moe):
     assert isinstance(report, PatchReport)
     data = json.loads(json.dumps(report.to_json()))
     assert data["patched_count"] == report.patched_count == len(data["candidates"])
-    assert data["pattern_counts"] == {"fast_ops": 13, "moe_mlp": 4, "quantized_linear": 18}
-    assert report.line().startswith("zmlx: 35 modules of qwen3_moe (family qwen, profile stable)")
+    assert data["pattern_counts"] == {
+        "decode_step": 1,
+        "fast_ops": 13,
+        "moe_mlp": 4,
+        "quantized_linear": 18,
+    }
+    assert report.line().startswith("zmlx: 36 modules of qwen3_moe (family qwen, profile stable)")
     assert "\n" not in report.line()
     assert "down projection and weighted sum in one pass" in report.summary()
     assert report.skipped == []

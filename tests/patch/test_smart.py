@@ -40,7 +40,12 @@ def test_keeps_the_faster_and_reverts_the_slower(make_llama, tokens, clock, caps
     model = smart_patch(make_llama(), tokens)
     report = model._zmlx_patch_result
     assert report.pattern_counts == {"swiglu_mlp": 2}
-    assert report.benchmarks == {"swiglu_mlp": 0.5, "quantized_linear": 1.2, "fast_ops": 1.0}
+    assert report.benchmarks == {
+        "swiglu_mlp": 0.5,
+        "quantized_linear": 1.2,
+        "fast_ops": 1.0,
+        "decode_step": 1.0,
+    }
     assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -73,7 +78,7 @@ def test_a_pattern_that_changes_the_output_is_dropped_however_fast(
 ):
     clock["cost"] = {"swiglu_mlp": -9.0, "quantized_linear": -9.0}
     close = smart._close
-    answers = iter([False, True, False])
+    answers = iter([False, True, False, False])
     monkeypatch.setattr(smart, "_close", lambda *args: next(answers) and close(*args))
     model = smart_patch(make_llama(), tokens, verbose=False)
     assert model._zmlx_patch_result.benchmarks["swiglu_mlp"] == float("inf")

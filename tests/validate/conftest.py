@@ -26,6 +26,8 @@ def sabotage(monkeypatch):
 
         def wrong(self, backend):
             kernel = implementation(self, backend)
+            if self.name == "program":  # runs the others' kernels; its results are not returned
+                return kernel
             return lambda *args, **kwargs: change(kernel(*args, **kwargs))
 
         monkeypatch.setattr(spec.KernelSpec, "implementation", wrong)

@@ -57,6 +57,11 @@ _UNITS: dict[str, list[str]] = {
     "step_portable.cpp": [],
     "step_primitives.cpp": [],
     "step.cpp": [],
+    "view.cpp": [],
+    "operations.cpp": [],
+    "arithmetic.cpp": [],
+    "program.cpp": [],
+    "fuse.cpp": [],
 }
 _ABI_TAG = re.compile(rb"nanobind_[a-z]+_[a-z0-9_]*_v[0-9]+")
 

@@ -94,7 +94,7 @@ def load(*, announce: Callable[[str], None] | None = None) -> ModuleType:
             except (OSError, variables.VariableError) as error:
                 _LOADED.refusal = NativeUnavailable(str(error))
         if _LOADED.refusal is not None:
-            raise _LOADED.refusal
+            raise _LOADED.refusal.with_traceback(None)
         assert _LOADED.module is not None
         return _LOADED.module
 

@@ -3,9 +3,11 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
+#include "fuse.h"
 #include "pool.h"
 #include "primitives.h"
 #include "products.h"
@@ -138,6 +140,24 @@ NB_MODULE(_zmlx_cpu, m) {
       },
       "h"_a, "indices"_a, "weights"_a, "w"_a, "scales"_a, "biases"_a, nb::kw_only(),
       "group_size"_a, "bits"_a);
+
+  m.def("fuse", &zmlx::fuse, "wanted"_a);
+
+  // The arrays themselves become the fused ones, for whoever holds them.
+  m.def(
+      "fuse_in_place",
+      [](nb::list wanted) {
+        std::vector<array> arrays;
+        for (nb::handle one : wanted) {
+          arrays.push_back(nb::cast<array>(one));
+        }
+        const std::vector<array> fused = zmlx::fuse(arrays);
+        for (size_t i = 0; i < fused.size(); ++i) {
+          nb::cast<array&>(wanted[i]).overwrite_descriptor(fused[i]);
+        }
+        return wanted;
+      },
+      "wanted"_a);
 
   m.def("set_num_threads", &zmlx::set_num_threads, "count"_a);
   m.def("num_threads", &zmlx::num_threads);

@@ -2,16 +2,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -19,67 +18,12 @@
 #include "mlx/primitives.h"
 #include "mlx/transforms.h"
 #include "mlx/utils.h"
+#include "view.h"
 
 namespace zmlx {
 
-namespace mx = mlx::core;
-
 using Arrays = std::vector<mx::array>;
-
-inline std::optional<Float> float_of(mx::Dtype type) {
-  if (type == mx::float32) {
-    return Float::f32;
-  }
-  if (type == mx::float16) {
-    return Float::f16;
-  }
-  if (type == mx::bfloat16) {
-    return Float::bf16;
-  }
-  return std::nullopt;
-}
-
-// An evaluated input, read when the task runs: as it lies in memory, or as a contiguous copy.
-class Input {
- public:
-  explicit Input(const mx::array& array) : array_(mx::array::unsafe_weak_copy(array)) {}
-
-  // Valid until the object goes; call it in the task.
-  const void* data() {
-    const char* from = array_.data<char>();
-    if (array_.flags().row_contiguous || array_.size() == 0) {
-      return from;
-    }
-    copy_.resize(array_.nbytes());
-    char* to = copy_.data();
-    copy(from, to, 0);
-    return copy_.data();
-  }
-
-  Float type() const {
-    return *float_of(array_.dtype());
-  }
-
-  const mx::array& array() const {
-    return array_;
-  }
-
- private:
-  void copy(const char* from, char*& to, int axis) {
-    const size_t item = array_.itemsize();
-    if (axis == int(array_.ndim())) {
-      std::memcpy(to, from, item);
-      to += item;
-      return;
-    }
-    for (int64_t i = 0; i < array_.shape(axis); ++i) {
-      copy(from + i * array_.strides(axis) * int64_t(item), to, axis + 1);
-    }
-  }
-
-  mx::array array_;
-  std::vector<char> copy_;
-};
+using Operands = std::span<const View* const>;
 
 // A primitive whose gradients, batching and second meaning are those of stock operations.
 class Fused : public mx::Primitive {
@@ -89,13 +33,27 @@ class Fused : public mx::Primitive {
   // The same computation in stock operations.
   virtual Arrays stock(const Arrays& inputs) const = 0;
 
-  // Compute on the CPU; runs on the stream's thread.
-  virtual std::function<void()> task(const Arrays& inputs, mx::array& output) = 0;
+  // Compute into memory that is there, from inputs that have been computed.
+  virtual void run(Operands inputs, const View& output) const = 0;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     mx::array& out = outputs[0];
     out.set_data(mx::allocator::malloc(out.nbytes()));
-    mx::cpu::get_command_encoder(stream()).dispatch(task(inputs, out));
+    struct Task {
+      std::shared_ptr<mx::Primitive> primitive;
+      std::vector<View> views;
+      std::vector<const View*> operands;
+    };
+    auto task = std::make_shared<Task>();
+    task->primitive = out.primitive_ptr();
+    task->views.reserve(inputs.size() + 1);
+    for (const mx::array& input : inputs) {
+      task->operands.push_back(&task->views.emplace_back(input));
+    }
+    task->views.emplace_back(out);
+    mx::cpu::get_command_encoder(stream()).dispatch([task] {
+      static_cast<const Fused&>(*task->primitive).run(task->operands, task->views.back());
+    });
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -154,13 +112,6 @@ class Fused : public mx::Primitive {
     };
   }
 };
-
-// `std::function` copies what it holds, and an Input is not to be copied: hold it behind a pointer.
-template <class State, class Run>
-std::function<void()> task_with(State state, Run run) {
-  auto shared = std::make_shared<State>(std::move(state));
-  return [shared, run] { run(*shared); };
-}
 
 inline std::optional<mx::Stream> cpu_stream() {
   const mx::Stream stream = mx::to_stream({});

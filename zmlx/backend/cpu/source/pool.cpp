@@ -41,6 +41,9 @@ void rest(int turn) {
 }
 
 // Threads are added as more are asked for, and never end: those too many only sleep.
+//
+// Each thread has a share of consecutive tasks, for these read memory one after the other. Who is
+// done with his own takes from the others' shares.
 class Pool {
  public:
   void run(int64_t tasks, int threads, const Work& work) {
@@ -49,12 +52,16 @@ class Pool {
     failure_ = nullptr;
     active_.store(threads, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    tickets_.store(uint64_t(tasks) << 32, std::memory_order_release);
+    for (int64_t share = 0; share < threads; ++share) {
+      const uint64_t first = uint64_t(share * tasks / threads);
+      const uint64_t last = uint64_t((share + 1) * tasks / threads);
+      shares_[share].tickets.store(last << 32 | first, std::memory_order_release);
+    }
     round_.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
       round_.notify_all();
     }
-    take(0);
+    take_all(0, threads);
     // Only tasks are waited for: a thread that the system does not run has taken none.
     for (int turn = 1; done_.load(std::memory_order_acquire) < tasks; ++turn) {
       rest(turn);
@@ -77,11 +84,17 @@ class Pool {
     }
   }
 
-  // A ticket holds the number of tasks and the next one, so that a thread that comes late cannot
+  void take_all(int worker, int threads) {
+    for (int share = 0; share < threads; ++share) {
+      take(worker, shares_[(worker + share) % threads].tickets);
+    }
+  }
+
+  // A ticket holds the end of a share and its next task, so that a thread that comes late cannot
   // take one number for the other's round. A task that is taken keeps its round from ending.
-  void take(int worker) {
+  void take(int worker, std::atomic<uint64_t>& tickets) {
     while (true) {
-      const uint64_t ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
+      const uint64_t ticket = tickets.fetch_add(1, std::memory_order_acq_rel);
       const int64_t task = int64_t(ticket & 0xffffffffu);
       if (task >= int64_t(ticket >> 32)) {
         return;
@@ -99,8 +112,9 @@ class Pool {
   void serve(int worker, uint32_t seen) {
     while (true) {
       seen = await(seen);
-      if (worker < active_.load(std::memory_order_relaxed)) {
-        take(worker);
+      const int threads = active_.load(std::memory_order_relaxed);
+      if (worker < threads) {
+        take_all(worker, threads);
       }
     }
   }
@@ -125,7 +139,10 @@ class Pool {
   std::mutex failing_;
   std::exception_ptr failure_;
   std::atomic<int> active_{1};
-  alignas(64) std::atomic<uint64_t> tickets_{0};
+  struct alignas(64) Share {
+    std::atomic<uint64_t> tickets{0};
+  };
+  Share shares_[kMaxThreads];
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
   std::atomic<int> sleeping_{0};

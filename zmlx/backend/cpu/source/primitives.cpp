@@ -10,44 +10,63 @@
 namespace zmlx {
 namespace {
 
-// Three consecutive inputs of a primitive: a quantized weight.
-class WeightInput {
+// Three consecutive operands: a quantized weight.
+class WeightOperand {
  public:
-  WeightInput(const Arrays& inputs, size_t at, Format format)
-      : w_(inputs[at]), scales_(inputs[at + 1]), biases_(inputs[at + 2]), format_(format) {}
+  WeightOperand(Operands in, size_t at, Format format)
+      : w_(*in[at]), scales_(*in[at + 1]), biases_(*in[at + 2]), format_(format) {}
 
-  Weight weight() {
-    const auto& shape = w_.array().shape();
+  Weight weight() const {
     return {
         static_cast<const uint8_t*>(w_.data()),
         scales_.data(),
         biases_.data(),
-        shape[shape.size() - 2],
-        int64_t(scales_.array().shape(-1)) * format_.group_size,
+        w_.view().extent(-2),
+        scales_.view().extent(-1) * format_.group_size,
         format_.bits,
         format_.group_size,
         scales_.type()};
   }
 
-  Experts experts() {
-    return {weight(), w_.array().shape(0)};
+  Experts experts() const {
+    return {weight(), w_.view().extent(0)};
   }
 
  private:
-  Input w_, scales_, biases_;
+  Ordered w_, scales_, biases_;
   Format format_;
 };
 
-Rows rows_of(Input& input) {
-  const auto& array = input.array();
-  const int64_t width = array.shape(-1);
-  void* data = const_cast<void*>(input.data());
-  return {data, input.type(), width == 0 ? 0 : int64_t(array.size()) / width, width};
+// An operand that may be missing: a vector that is added to every row.
+class BiasOperand {
+ public:
+  explicit BiasOperand(const View* view) {
+    if (view != nullptr) {
+      values_.emplace(*view);
+    }
+  }
+
+  Bias bias() const {
+    return values_ ? Bias{values_->data(), values_->type()} : Bias{};
+  }
+
+ private:
+  std::optional<Ordered> values_;
+};
+
+Rows rows_of(const Ordered& operand) {
+  const View& view = operand.view();
+  const int64_t width = view.extent(-1);
+  return {operand.data(), view.type(), width == 0 ? 0 : view.size / width, width};
 }
 
-Rows rows_of(mx::array& output) {
-  const int64_t width = output.shape(-1);
-  return {output.data<char>(), *float_of(output.dtype()), int64_t(output.size()) / width, width};
+Rows rows_of(const View& output) {
+  const int64_t width = output.extent(-1);
+  return {output.data, output.type(), output.size / width, width};
+}
+
+Routing routing_of(const Ordered& indices, int64_t per_row) {
+  return {static_cast<const uint32_t*>(indices.data()), indices.view().size, per_row};
 }
 
 mx::array stock_matmul(const mx::array& x, const Arrays& in, size_t at, Format f) {
@@ -113,22 +132,11 @@ class QuantizedMatmul : public Fused {
     return quantized_matmul(in[0], {in[1], in[2], in[3], format_}, bias);
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Input x;
-      WeightInput weight;
-      std::optional<Input> bias;
-      mx::array out;
-    };
-    State state{
-        Input(in[0]),
-        WeightInput(in, 1, format_),
-        in.size() > 4 ? std::optional<Input>(in[4]) : std::nullopt,
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) {
-      const Bias bias = s.bias ? Bias{s.bias->data(), s.bias->type()} : Bias{};
-      product(s.weight.weight(), bias, rows_of(s.x), rows_of(s.out));
-    });
+  void run(Operands in, const View& out) const override {
+    const Ordered x(*in[0]);
+    const WeightOperand weight(in, 1, format_);
+    const BiasOperand bias(in.size() > 4 ? in[4] : nullptr);
+    product(weight.weight(), bias.bias(), rows_of(x), rows_of(out));
   }
 
  private:
@@ -171,35 +179,19 @@ class QuantizedGlu : public Fused {
     return {stock_activation(activation_, gate) * up};
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Input x;
-      WeightInput gate, up;
-      std::optional<Input> gate_bias, up_bias;
-      Activation activation;
-      mx::array out;
-    };
-    State state{
-        Input(in[0]),
-        WeightInput(in, 1, gate_),
-        WeightInput(in, 4, up_),
-        gate_bias_ ? std::optional<Input>(in[7]) : std::nullopt,
-        up_bias_ ? std::optional<Input>(in[up_bias_at()]) : std::nullopt,
+  void run(Operands in, const View& out) const override {
+    const Ordered x(*in[0]);
+    const WeightOperand gate(in, 1, gate_), up(in, 4, up_);
+    const BiasOperand gate_bias(gate_bias_ ? in[7] : nullptr);
+    const BiasOperand up_bias(up_bias_ ? in[up_bias_at()] : nullptr);
+    gated_product(
+        gate.weight(),
+        gate_bias.bias(),
+        up.weight(),
+        up_bias.bias(),
         activation_,
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) {
-      const auto bias = [](std::optional<Input>& b) {
-        return b ? Bias{b->data(), b->type()} : Bias{};
-      };
-      gated_product(
-          s.gate.weight(),
-          bias(s.gate_bias),
-          s.up.weight(),
-          bias(s.up_bias),
-          s.activation,
-          rows_of(s.x),
-          rows_of(s.out));
-    });
+        rows_of(x),
+        rows_of(out));
   }
 
  private:
@@ -232,27 +224,10 @@ class GatherMatmul : public Fused {
     return {stock_gather(in[0], in, 1, format_, in[4])};
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Input x;
-      WeightInput weight;
-      Input indices;
-      int64_t per_row;
-      mx::array out;
-    };
-    State state{
-        Input(in[0]),
-        WeightInput(in, 1, format_),
-        Input(in[4]),
-        per_row_,
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) {
-      const Routing routing{
-          static_cast<const uint32_t*>(s.indices.data()),
-          int64_t(s.indices.array().size()),
-          s.per_row};
-      gather_product(s.weight.experts(), routing, rows_of(s.x), rows_of(s.out));
-    });
+  void run(Operands in, const View& out) const override {
+    const Ordered x(*in[0]), indices(*in[4]);
+    const WeightOperand weight(in, 1, format_);
+    gather_product(weight.experts(), routing_of(indices, per_row_), rows_of(x), rows_of(out));
   }
 
  private:
@@ -288,29 +263,12 @@ class GatherGlu : public Fused {
     return {mx::squeeze(stock_activation(activation_, gate) * up, -2)};
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Input x, indices;
-      WeightInput gate, up;
-      Activation activation;
-      mx::array out;
-    };
-    State state{
-        Input(in[0]),
-        Input(in[1]),
-        WeightInput(in, 2, gate_),
-        WeightInput(in, 5, up_),
-        activation_,
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) {
-      const auto& indices = s.indices.array();
-      const Routing routing{
-          static_cast<const uint32_t*>(s.indices.data()),
-          int64_t(indices.size()),
-          indices.shape(1)};
-      gather_gated_product(
-          s.gate.experts(), s.up.experts(), s.activation, routing, rows_of(s.x), rows_of(s.out));
-    });
+  void run(Operands in, const View& out) const override {
+    const Ordered x(*in[0]), indices(*in[1]);
+    const WeightOperand gate(in, 2, gate_), up(in, 5, up_);
+    const Routing routing = routing_of(indices, indices.view().extent(1));
+    gather_gated_product(
+        gate.experts(), up.experts(), activation_, routing, rows_of(x), rows_of(out));
   }
 
  private:
@@ -342,30 +300,16 @@ class GatherCombine : public Fused {
     return {mx::sum(y * mx::expand_dims(in[2], -1), -2)};
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Input h, indices, weights;
-      WeightInput weight;
-      mx::array out;
-    };
-    State state{
-        Input(in[0]),
-        Input(in[1]),
-        Input(in[2]),
-        WeightInput(in, 3, format_),
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) {
-      const auto& indices = s.indices.array();
-      const Routing routing{
-          static_cast<const uint32_t*>(s.indices.data()), int64_t(indices.size()), 1};
-      gather_combine(
-          s.weight.experts(),
-          routing,
-          rows_of(s.weights),
-          indices.shape(1),
-          rows_of(s.h),
-          rows_of(s.out));
-    });
+  void run(Operands in, const View& out) const override {
+    const Ordered h(*in[0]), indices(*in[1]), weights(*in[2]);
+    const WeightOperand weight(in, 3, format_);
+    gather_combine(
+        weight.experts(),
+        routing_of(indices, 1),
+        rows_of(weights),
+        indices.view().extent(1),
+        rows_of(h),
+        rows_of(out));
   }
 
  private:

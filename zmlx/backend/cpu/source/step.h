@@ -10,6 +10,8 @@
 
 namespace zmlx {
 
+enum class Binary { add, subtract, multiply, divide };
+
 enum class Mask { none, causal, allowed, added };
 
 // Attention of the rows of one key head: `rows` queries that meet the same keys.
@@ -52,6 +54,14 @@ struct Step {
   // out[r] = softmax(scale * queries[r] . keys + mask) . values; `scratch` holds
   // rows * keys floats.
   void (*attend)(const AttentionRows& rows, float* scratch);
+
+  // out[i] = a[i * a_stride] (op) b[i * b_stride], all of one type, rounded once.
+  void (*binary)(
+      Binary kind, const void* a, int64_t a_stride, const void* b, int64_t b_stride, Float type,
+      int64_t count, void* out);
+
+  // out[i] = x[i] in another type.
+  void (*convert)(const void* x, Float type, int64_t count, void* out, Float out_type);
 
   // gates[i] = act(gates[i]) * ups[i]
   void (*gate)(Activation activation, float* gates, const float* ups, int64_t count);

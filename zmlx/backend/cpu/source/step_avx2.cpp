@@ -4,7 +4,7 @@
 namespace zmlx {
 
 const Step* step_avx2() {
-  static const Step step = {"avx2", rms_norm, rotate, attend, gate};
+  static const Step step = {"avx2", rms_norm, rotate, attend, binary, convert, gate};
   return &step;
 }
 

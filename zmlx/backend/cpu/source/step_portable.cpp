@@ -4,7 +4,7 @@
 namespace zmlx {
 
 const Step* step_portable() {
-  static const Step step = {"portable", rms_norm, rotate, attend, gate};
+  static const Step step = {"portable", rms_norm, rotate, attend, binary, convert, gate};
   return &step;
 }
 

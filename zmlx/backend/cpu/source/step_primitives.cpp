@@ -15,24 +15,17 @@ namespace {
 // Elements that one thread handles faster than it would wake another.
 constexpr int64_t kSerial = 32768;
 
-// An evaluated input whose last axis is contiguous: as it lies, or as a contiguous copy.
+// An operand whose last axis lies in order: as it lies, or as a copy.
 class Strided {
  public:
-  explicit Strided(const mx::array& array) : input_(array) {}
-
-  void read() {
-    const mx::array& a = input_.array();
-    const int last = int(a.ndim()) - 1;
-    strides_.assign(a.strides().begin(), a.strides().end());
-    if (last < 0 || a.shape(last) == 1 || strides_[last] == 1) {
-      data_ = a.data<char>();
+  explicit Strided(const View& view) : view_(view), data_(view.data), strides_(view.strides) {
+    const int last = view.ndim() - 1;
+    if (last < 0 || view.shape[last] == 1 || view.strides[last] == 1) {
       return;
     }
-    data_ = static_cast<const char*>(input_.data());
-    int64_t stride = 1;
-    for (int axis = last; axis >= 0; stride *= a.shape(axis--)) {
-      strides_[axis] = stride;
-    }
+    copy_.emplace(view);
+    data_ = static_cast<const char*>(copy_->data());
+    strides_ = View(view.shape, view.dtype).strides;
   }
 
   const char* at(std::initializer_list<int64_t> index) const {
@@ -41,35 +34,36 @@ class Strided {
     for (int64_t i : index) {
       offset += i * strides_[axis++];
     }
-    return data_ + offset * int64_t(array().itemsize());
+    return data_ + offset * int64_t(view_.item());
   }
 
   // The row of a number, where rows are counted over all axes but the last.
   const char* row(int64_t number) const {
     int64_t offset = 0;
-    for (int axis = int(array().ndim()) - 2; axis >= 0; --axis) {
-      offset += number % array().shape(axis) * strides_[axis];
-      number /= array().shape(axis);
+    for (int axis = view_.ndim() - 2; axis >= 0; --axis) {
+      offset += number % view_.shape[axis] * strides_[axis];
+      number /= view_.shape[axis];
     }
-    return data_ + offset * int64_t(array().itemsize());
+    return data_ + offset * int64_t(view_.item());
   }
 
   int64_t stride(int axis) const {
     return strides_[axis];
   }
 
-  const mx::array& array() const {
-    return input_.array();
+  const View& view() const {
+    return view_;
   }
 
   Float type() const {
-    return input_.type();
+    return view_.type();
   }
 
  private:
-  Input input_;
-  std::vector<int64_t> strides_;
-  const char* data_ = nullptr;
+  const View& view_;
+  const char* data_;
+  mx::Strides strides_;
+  std::optional<Ordered> copy_;
 };
 
 // Call work(first, last, worker) for ranges of [0, count), on one thread where the work is small.
@@ -107,32 +101,21 @@ class RmsNorm : public Fused {
     return rms_norm(in[0], in.size() > 1 ? std::optional<mx::array>(in[1]) : std::nullopt, eps_);
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Strided x;
-      std::optional<Input> weight;
-      float eps;
-      mx::array out;
-    };
-    State state{
-        Strided(in[0]),
-        in.size() > 1 ? std::optional<Input>(in[1]) : std::nullopt,
-        eps_,
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) {
-      s.x.read();
-      const int64_t width = s.out.shape(-1), rows = int64_t(s.out.size()) / width;
-      const void* weight = s.weight ? s.weight->data() : nullptr;
-      const Float weight_type = s.weight ? s.weight->type() : Float::f32;
-      const Float out_type = *float_of(s.out.dtype());
-      char* to = s.out.data<char>();
-      in_ranges(rows, width, [&](int64_t first, int64_t last, int) {
-        for (int64_t row = first; row < last; ++row) {
-          void* at = to + row * width * int64_t(size_of(out_type));
-          step().rms_norm(
-              s.x.row(row), s.x.type(), weight, weight_type, s.eps, width, at, out_type);
-        }
-      });
+  void run(Operands in, const View& out) const override {
+    const Strided x(*in[0]);
+    std::optional<Ordered> weight;
+    if (in.size() > 1) {
+      weight.emplace(*in[1]);
+    }
+    const int64_t width = out.extent(-1), rows = out.size / width;
+    const void* factors = weight ? weight->data() : nullptr;
+    const Float factor_type = weight ? weight->type() : Float::f32;
+    in_ranges(rows, width, [&](int64_t first, int64_t last, int) {
+      for (int64_t row = first; row < last; ++row) {
+        void* at = out.data + row * width * int64_t(out.item());
+        step().rms_norm(
+            x.row(row), x.type(), factors, factor_type, eps_, width, at, out.type());
+      }
     });
   }
 
@@ -221,54 +204,38 @@ class Rope : public Fused {
         in[0], 2 * turning_.half, turning_.traditional, base, turning_.scale, offset, freqs)};
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Strided x;
-      std::optional<Input> offset, freqs;
-      Turning turning;
-      int fixed;
-      mx::array out;
-    };
-    State state{
-        Strided(in[0]),
-        offset_ ? std::nullopt : std::optional<Input>(in[1]),
-        turning_.by_base ? std::nullopt : std::optional<Input>(in.back()),
-        turning_,
-        offset_.value_or(0),
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) { run(s); });
-  }
-
- private:
-  template <class State>
-  static void run(State& s) {
-    s.x.read();
-    const auto& shape = s.out.shape();
-    const int64_t width = shape.back(), length = shape[shape.size() - 2], batch = shape[0];
-    const int64_t per_batch = int64_t(s.out.size()) / (batch * width);
-    std::vector<float> freqs;
-    if (s.freqs) {
-      const float* given = static_cast<const float*>(s.freqs->data());
-      freqs.assign(given, given + s.turning.half);
+  void run(Operands in, const View& out) const override {
+    const Strided x(*in[0]);
+    std::optional<Ordered> offsets, given;
+    if (!offset_) {
+      offsets.emplace(*in[1]);
     }
-    const bool each = s.offset && s.offset->array().size() > 1;
-    const int32_t* offsets = s.offset ? static_cast<const int32_t*>(s.offset->data()) : nullptr;
-    const size_t row_bytes = size_t(width) * s.out.itemsize();
-    char* to = s.out.template data<char>();
+    std::vector<float> freqs;
+    if (!turning_.by_base) {
+      given.emplace(*in.back());
+      const float* from = static_cast<const float*>(given->data());
+      freqs.assign(from, from + turning_.half);
+    }
+    const int64_t width = out.extent(-1), length = out.extent(-2), batch = out.extent(0);
+    const int64_t per_batch = out.size / (batch * width);
+    const bool each = offsets && offsets->view().size > 1;
+    const size_t row_bytes = size_t(width) * out.item();
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t from = offsets != nullptr ? offsets[each ? b : 0] : s.fixed;
-      const Angles& angles = angles_of(s.turning, freqs, from, length);
+      const int64_t from =
+          offsets ? static_cast<const int32_t*>(offsets->data())[each ? b : 0] : *offset_;
+      const Angles& angles = angles_of(turning_, freqs, from, length);
       in_ranges(per_batch, width, [&](int64_t first, int64_t last, int) {
         for (int64_t i = first; i < last; ++i) {
-          const int64_t at = i % length * s.turning.half, row = b * per_batch + i;
+          const int64_t at = i % length * turning_.half, row = b * per_batch + i;
           step().rotate(
-              s.x.row(row), s.x.type(), angles.cosines.data() + at, angles.sines.data() + at,
-              s.turning.half, s.turning.traditional, width, to + row * row_bytes);
+              x.row(row), x.type(), angles.cosines.data() + at, angles.sines.data() + at,
+              turning_.half, turning_.traditional, width, out.data + row * row_bytes);
         }
       });
     }
   }
 
+ private:
   Turning turning_;
   std::optional<int> offset_;
 };
@@ -302,42 +269,18 @@ class Attention : public Fused {
     return {mx::fast::scaled_dot_product_attention(in[0], in[1], in[2], scale_, mode, mask)};
   }
 
-  std::function<void()> task(const Arrays& in, mx::array& out) override {
-    struct State {
-      Strided queries, keys, values;
-      std::optional<Strided> mask;
-      Mask kind;
-      float scale;
-      mx::array out;
-    };
-    State state{
-        Strided(in[0]),
-        Strided(in[1]),
-        Strided(in[2]),
-        in.size() > 3 ? std::optional<Strided>(in[3]) : std::nullopt,
-        mask_,
-        scale_,
-        mx::array::unsafe_weak_copy(out)};
-    return task_with(std::move(state), [](State& s) { run(s); });
-  }
-
- private:
-  static constexpr int64_t kRows = 4;
-
-  template <class State>
-  static void run(State& s) {
-    s.queries.read();
-    s.keys.read();
-    s.values.read();
-    if (s.mask) {
-      s.mask->read();
+  void run(Operands in, const View& out) const override {
+    Operand s{Strided(*in[0]), Strided(*in[1]), Strided(*in[2]), nullptr, out};
+    std::optional<Strided> mask;
+    if (in.size() > 3) {
+      s.mask = &mask.emplace(*in[3]);
     }
-    const auto& q = s.queries.array().shape();
-    const int64_t heads = s.keys.array().shape(1), keys = s.keys.array().shape(2);
+    const auto& q = s.queries.view().shape;
+    const int64_t heads = s.keys.view().extent(1), keys = s.keys.view().extent(2);
     const int64_t length = q[2], shared = q[1] / heads;
     // Queries that meet the same keys: those of all heads that share them, position by position.
     const int64_t groups = (shared * length + kRows - 1) / kRows;
-    const int64_t cost = kRows * keys * (q[3] + s.out.shape(3));
+    const int64_t cost = kRows * keys * (q[3] + out.extent(3));
     thread_local std::vector<std::vector<float>> own(kMaxThreads);
     auto& scratch = own;
     in_ranges(q[0] * heads * groups, cost, [&](int64_t first, int64_t last, int worker) {
@@ -348,33 +291,40 @@ class Attention : public Fused {
     });
   }
 
-  template <class State>
-  static void attend(
-      State& s, int64_t b, int64_t head, int64_t first, int64_t shared, int64_t length,
-      int64_t keys, std::vector<float>& scratch) {
+ private:
+  static constexpr int64_t kRows = 4;
+
+  struct Operand {
+    Strided queries, keys, values;
+    const Strided* mask;
+    const View& out;
+  };
+
+  void attend(
+      const Operand& s, int64_t b, int64_t head, int64_t first, int64_t shared, int64_t length,
+      int64_t keys, std::vector<float>& scratch) const {
     AttentionRows a{};
     a.type = s.queries.type();
     a.rows = std::min(kRows, shared * length - first);
-    a.key_width = s.queries.array().shape(3);
-    a.value_width = s.out.shape(3);
-    a.scale = s.scale;
+    a.key_width = s.queries.view().extent(3);
+    a.value_width = s.out.extent(3);
+    a.scale = scale_;
     a.key = s.keys.at({b, head});
     a.key_stride = s.keys.stride(2);
     a.value = s.values.at({b, head});
     a.value_stride = s.values.stride(2);
-    a.mask = s.kind;
-    a.keys = s.kind == Mask::causal ? 0 : keys;
-    char* out = s.out.template data<char>();
+    a.mask = mask_;
+    a.keys = mask_ == Mask::causal ? 0 : keys;
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t h = head * shared + (first + r) / length, l = (first + r) % length;
       a.queries[r] = s.queries.at({b, h, l});
-      const int64_t row = (b * s.out.shape(1) + h) * length + l;
-      a.out[r] = out + row * a.value_width * int64_t(s.out.itemsize());
+      const int64_t row = (b * s.out.extent(1) + h) * length + l;
+      a.out[r] = s.out.data + row * a.value_width * int64_t(s.out.item());
       a.visible[r] = keys - length + l + 1;
-      if (s.kind == Mask::causal) {
+      if (mask_ == Mask::causal) {
         a.keys = std::max(a.keys, a.visible[r]);
       }
-      if (s.mask) {
+      if (s.mask != nullptr) {
         a.masks[r] = s.mask->at({b, h, l});
         a.mask_stride = s.mask->stride(3);
       }

@@ -343,6 +343,69 @@ void attend(const AttentionRows& a, float* scratch) {
 
 // ---------------------------------------------------------------------------------------------
 
+template <Binary kind>
+inline auto apply(auto a, auto b) {
+  if constexpr (kind == Binary::add) {
+    return a + b;
+  } else if constexpr (kind == Binary::subtract) {
+    return a - b;
+  } else if constexpr (kind == Binary::multiply) {
+    return a * b;
+  } else {
+    return a / b;
+  }
+}
+
+// Elements that lie one behind the other, or one that is repeated.
+template <Float type>
+inline Wide load_strided(const void* data, int64_t index, int64_t stride, int64_t count) {
+  return stride == 0 ? Wide{} + load_float(data, type, 0)
+                     : load_some<type>(data, index, count);
+}
+
+template <Binary kind, Float type>
+void binary_of(
+    const void* a, int64_t a_stride, const void* b, int64_t b_stride, int64_t count, void* out) {
+  if (a_stride > 1 || b_stride > 1 || a_stride < 0 || b_stride < 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = load_float(a, type, i * a_stride), y = load_float(b, type, i * b_stride);
+      store_float(out, type, i, apply<kind>(x, y));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Wide x = load_strided<type>(a, i, a_stride, count - i);
+    const Wide y = load_strided<type>(b, i, b_stride, count - i);
+    store_some<type>(out, i, apply<kind>(x, y), count - i);
+  }
+}
+
+void binary(
+    Binary kind, const void* a, int64_t a_stride, const void* b, int64_t b_stride, Float type,
+    int64_t count, void* out) {
+  with_type(type, [&](auto t) {
+    switch (kind) {
+      case Binary::add:
+        return binary_of<Binary::add, t.value>(a, a_stride, b, b_stride, count, out);
+      case Binary::subtract:
+        return binary_of<Binary::subtract, t.value>(a, a_stride, b, b_stride, count, out);
+      case Binary::multiply:
+        return binary_of<Binary::multiply, t.value>(a, a_stride, b, b_stride, count, out);
+      default:
+        return binary_of<Binary::divide, t.value>(a, a_stride, b, b_stride, count, out);
+    }
+  });
+}
+
+void convert(const void* x, Float type, int64_t count, void* out, Float out_type) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Wide v = load_any(x, type, i, count - i);
+    with_type(out_type, [&](auto t) { store_some<t.value>(out, i, v, count - i); });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+
 void gate(Activation activation, float* gates, const float* ups, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Wide x = load_some<Float::f32>(gates, i, count - i);
