@@ -13,7 +13,7 @@ GROUPS = (32, 64, 128)
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 #: set of kernels -> what the processor must have, as Linux names it
 NEEDS = {
-    "avx512_bf16": {"avx512_bf16", "avx512vbmi", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_vnni": {"avx512_vnni", "avx512vbmi", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"},
     "avx2": {"avx2", "fma", "f16c"},
 }

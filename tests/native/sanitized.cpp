@@ -175,7 +175,7 @@ void check_all() {
 
 int main() {
   set_num_threads(3);
-  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
+  for (const char* name : {"avx512_vnni", "avx512", "avx2", "portable"}) {
     if (const Kernels* chosen = kernels_named(name)) {
       set_kernels(chosen);
       check_all();

@@ -10,7 +10,7 @@ import pytest
 from zmlx.backend.cpu import native
 
 
-@pytest.fixture(params=["avx512_bf16", "avx2", "portable"])
+@pytest.fixture(params=["avx512_vnni", "avx2", "portable"])
 def library(request):
     """Run a test with each set of kernels that this processor has."""
     library = native.load()

@@ -41,7 +41,8 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 #: translation unit -> flags of its own, the slowest to compile first
 _X86_UNITS: dict[str, list[str]] = {
-    "kernels_avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512bf16"],
+    "panels_avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512bf16"],
+    "kernels_avx512_vnni.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512vnni"],
     "kernels_avx512.cpp": _AVX512,
     "kernels_avx2.cpp": _AVX2,
     "step_avx512.cpp": _AVX512,

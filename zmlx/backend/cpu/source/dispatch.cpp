@@ -23,6 +23,11 @@ bool has_avx512() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi");
+}
+
 bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
       __builtin_cpu_supports("avx512vbmi");
@@ -36,7 +41,7 @@ bool always() {
 // From the best to the one that always runs.
 const Choice kChoices[] = {
 #if defined(__x86_64__)
-    {kernels_avx512_bf16, has_avx512_bf16},
+    {kernels_avx512_vnni, has_avx512_vnni},
     {kernels_avx512, has_avx512},
     {kernels_avx2, has_avx2},
 #endif
@@ -51,6 +56,15 @@ const Kernels* kernels_named(const char* name) {
       return choice.kernels();
     }
   }
+  return nullptr;
+}
+
+const Kernels* panels_best() {
+#if defined(__x86_64__)
+  if (has_avx512_bf16()) {
+    return panels_avx512_bf16();
+  }
+#endif
   return nullptr;
 }
 

@@ -31,6 +31,7 @@ struct Weight {
   int bits;
   int group;
   Float type; // of scales and biases
+  Float results = Float::f32; // what products are rounded to: no more precision is of use
 
   int64_t groups() const {
     return inputs / group;
@@ -79,7 +80,12 @@ struct Kernels {
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
-const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_avx512_vnni();
+
+// For many rows of activations only, with scratch; null where this processor cannot. `scratch_size`
+// is zero for so few rows that others are faster.
+const Kernels* panels_best();
+const Kernels* panels_avx512_bf16();
 
 // The best of those that this processor runs, or the named one; null if it cannot run.
 const Kernels* kernels_named(const char* name);

@@ -219,6 +219,17 @@ void store_row(const float* values, int64_t first, int64_t width, const Rows& ou
   }
 }
 
+// A weight whose products are rounded to a type.
+Weight rounded_to(Weight weight, Float results) {
+  weight.results = results;
+  return weight;
+}
+
+Experts rounded_to(Experts experts, Float results) {
+  experts.weight.results = results;
+  return experts;
+}
+
 bool same_packing(const Weight& a, const Weight& b) {
   return a.bits == b.bits && a.group == b.group && a.inputs == b.inputs;
 }
@@ -242,7 +253,8 @@ void set_kernels(const Kernels* chosen) {
   chosen_kernels = chosen;
 }
 
-void product(const Weight& weight, Bias bias, const Rows& x, const Rows& out) {
+void product(const Weight& given, Bias bias, const Rows& x, const Rows& out) {
+  const Weight weight = rounded_to(given, out.type);
   Lent lent;
   Workspace& space = *lent;
   const Batch batch = pack_all(weight, x, space);
@@ -260,13 +272,14 @@ void product(const Weight& weight, Bias bias, const Rows& x, const Rows& out) {
 }
 
 void gated_product(
-    const Weight& gate_weight,
+    const Weight& gate,
     Bias gate_bias,
-    const Weight& up_weight,
+    const Weight& up,
     Bias up_bias,
     Activation activation,
     const Rows& x,
     const Rows& out) {
+  const Weight gate_weight = rounded_to(gate, out.type), up_weight = rounded_to(up, out.type);
   Lent lent;
   Workspace& space = *lent;
   const Batch gate_batch = pack_all(gate_weight, x, space);
@@ -291,7 +304,8 @@ void gated_product(
 }
 
 void gather_product(
-    const Experts& experts, const Routing& routing, const Rows& x, const Rows& out) {
+    const Experts& given, const Routing& routing, const Rows& x, const Rows& out) {
+  const Experts experts = rounded_to(given, out.type);
   Lent lent;
   Workspace& space = *lent;
   const Plan plan = plan_of(routing, experts.count);
@@ -314,12 +328,13 @@ void gather_product(
 }
 
 void gather_gated_product(
-    const Experts& gates,
-    const Experts& ups,
+    const Experts& gate,
+    const Experts& up,
     Activation activation,
     const Routing& routing,
     const Rows& x,
     const Rows& out) {
+  const Experts gates = rounded_to(gate, out.type), ups = rounded_to(up, out.type);
   Lent lent;
   Workspace& space = *lent;
   const Plan plan = plan_of(routing, gates.count);
@@ -350,12 +365,13 @@ void gather_gated_product(
 }
 
 void gather_combine(
-    const Experts& experts,
+    const Experts& given,
     const Routing& routing,
     const Rows& weights,
     int64_t top_k,
     const Rows& x,
     const Rows& out) {
+  const Experts experts = rounded_to(given, out.type);
   Lent lent;
   Workspace& space = *lent;
   const Plan plan = plan_of(routing, experts.count);

@@ -105,15 +105,35 @@ inline void store_some(void* data, int64_t index, Wide value, int64_t count) {
   }
 }
 
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+
+// The sums of the lanes i, i + 4, i + 8 and i + 12.
+inline Quarter quarter_sums(Wide v) {
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  return quarters[0] + quarters[1];
+}
+
 inline float sum_of(Wide v) {
-  float total = 0;
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      v[i] += v[i + width];
-    }
-  }
-  total = v[0];
-  return total;
+  const Quarter q = quarter_sums(v);
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// The sums of four vectors, each as sum_of has it.
+inline Quarter sums_of(const Wide (&v)[4]) {
+  const Quarter a = quarter_sums(v[0]), b = quarter_sums(v[1]);
+  const Quarter c = quarter_sums(v[2]), d = quarter_sums(v[3]);
+  typedef int32_t Index __attribute__((vector_size(16)));
+  const Quarter ab = __builtin_shuffle(a, b, Index{0, 1, 4, 5}) +
+      __builtin_shuffle(a, b, Index{2, 3, 6, 7}); // a0+a2 a1+a3 b0+b2 b1+b3
+  const Quarter cd = __builtin_shuffle(c, d, Index{0, 1, 4, 5}) +
+      __builtin_shuffle(c, d, Index{2, 3, 6, 7});
+  return __builtin_shuffle(ab, cd, Index{0, 2, 4, 6}) +
+      __builtin_shuffle(ab, cd, Index{1, 3, 5, 7});
 }
 
 inline Wide larger(Wide a, Wide b) {
@@ -223,17 +243,30 @@ void rotate(
 template <Float type, int Rows>
 void score(const AttentionRows& a, float* scores) {
   const int64_t width = a.key_width;
-  for (int64_t s = 0; s < a.keys; ++s) {
-    const char* key = static_cast<const char*>(a.key) + s * a.key_stride * size_of(type);
-    Wide sums[Rows] = {};
+  constexpr int kKeys = 4; // at a time, for their sums cost as much as one
+  for (int64_t s = 0; s < a.keys; s += kKeys) {
+    const int64_t count = std::min<int64_t>(kKeys, a.keys - s);
+    const char* keys[kKeys];
+    for (int64_t j = 0; j < kKeys; ++j) {
+      const int64_t at = s + std::min(j, count - 1);
+      keys[j] = static_cast<const char*>(a.key) + at * a.key_stride * size_of(type);
+    }
+    Wide sums[Rows][kKeys] = {};
     for (int64_t i = 0; i < width; i += kLanes) {
-      const Wide k = load_some<type>(key, i, width - i);
+      Wide k[kKeys];
+      for (int j = 0; j < kKeys; ++j) {
+        k[j] = load_some<type>(keys[j], i, width - i);
+      }
       for (int r = 0; r < Rows; ++r) {
-        sums[r] += k * load_some<type>(a.queries[r], i, width - i);
+        const Wide q = load_some<type>(a.queries[r], i, width - i);
+        for (int j = 0; j < kKeys; ++j) {
+          sums[r][j] += k[j] * q;
+        }
       }
     }
     for (int r = 0; r < Rows; ++r) {
-      scores[r * a.keys + s] = sum_of(sums[r]) * a.scale;
+      const Quarter scaled = sums_of(sums[r]) * a.scale;
+      std::memcpy(scores + r * a.keys + s, &scaled, count * sizeof(float));
     }
   }
 }
