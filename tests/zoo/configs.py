@@ -701,9 +701,8 @@ FAILURES: dict[str, tuple[Failure, ...]] = {
     "olmo": (Failure("Cannot perform inplace addition", ("alone", "long")),),
 }
 if not NEWEST:  # since repaired
-    for _name in ("afm7", "internlm2", "internlm3"):
-        FAILURES[_name] = (Failure(r"too many values|Only length-1 arrays", ("ragged",)),)
-    FAILURES["gemma3n"] = (Failure("too many values|Only length-1 arrays", ("ragged",)),)
+    for _name in ("afm7", "gemma3n", "internlm2", "internlm3"):
+        FAILURES[_name] = (Failure("too many values|Only length-1 arrays", ("ragged",)),)
 
 #: Types whose stock forward corrupts the heap of the process on CPU (mlx 0.32.4): never run there.
 CRASHES = ("phi3small",)

@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace zmlx {
 
@@ -49,6 +50,25 @@ struct Batch {
   float* sums;
   void* data;
 };
+
+// Call `run` with a width of weights as a template argument.
+template <class Run>
+auto with_bits(int bits, Run run) {
+  switch (bits) {
+    case 2:
+      return run(std::integral_constant<int, 2>());
+    case 3:
+      return run(std::integral_constant<int, 3>());
+    case 4:
+      return run(std::integral_constant<int, 4>());
+    case 5:
+      return run(std::integral_constant<int, 5>());
+    case 6:
+      return run(std::integral_constant<int, 6>());
+    default:
+      return run(std::integral_constant<int, 8>());
+  }
+}
 
 struct Kernels {
   const char* name;

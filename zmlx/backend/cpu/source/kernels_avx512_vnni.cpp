@@ -16,6 +16,7 @@
 
 #include "floats.h"
 #include "kernels.h"
+#include "load_avx512.h"
 
 namespace zmlx {
 namespace {
@@ -62,21 +63,6 @@ struct RowLayout {
 
 inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? 0xffff : __mmask16((1u << count) - 1);
-}
-
-inline __m512 load_16(const void* data, Float type, int64_t index, __mmask16 mask) {
-  switch (type) {
-    case Float::f32:
-      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
-    case Float::f16:
-      return _mm512_cvtph_ps(
-          _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index));
-    default:
-      return _mm512_castsi512_ps(_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(
-              _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index)),
-          16));
-  }
 }
 
 // 64 values of a block as bytes.
@@ -311,20 +297,9 @@ void multiply(
   if (const Kernels* panels = many(weight, type, batch.count)) {
     return panels->multiply(weight, batch, type, first, last, out, stride, scratch);
   }
-  switch (weight.bits) {
-    case 2:
-      return few<2>(weight, batch, type, first, last, out, stride);
-    case 3:
-      return few<3>(weight, batch, type, first, last, out, stride);
-    case 4:
-      return few<4>(weight, batch, type, first, last, out, stride);
-    case 5:
-      return few<5>(weight, batch, type, first, last, out, stride);
-    case 6:
-      return few<6>(weight, batch, type, first, last, out, stride);
-    default:
-      return few<8>(weight, batch, type, first, last, out, stride);
-  }
+  with_bits(weight.bits, [&](auto bits) {
+    few<bits.value>(weight, batch, type, first, last, out, stride);
+  });
 }
 
 size_t row_size(const Weight& weight, Float type, int64_t count) {

@@ -171,20 +171,9 @@ void multiply(
     float* out,
     int64_t stride,
     void*) {
-  switch (weight.bits) {
-    case 2:
-      return multiply_bits<2>(weight, batch, first, last, out, stride);
-    case 3:
-      return multiply_bits<3>(weight, batch, first, last, out, stride);
-    case 4:
-      return multiply_bits<4>(weight, batch, first, last, out, stride);
-    case 5:
-      return multiply_bits<5>(weight, batch, first, last, out, stride);
-    case 6:
-      return multiply_bits<6>(weight, batch, first, last, out, stride);
-    default:
-      return multiply_bits<8>(weight, batch, first, last, out, stride);
-  }
+  with_bits(weight.bits, [&](auto bits) {
+    multiply_bits<bits.value>(weight, batch, first, last, out, stride);
+  });
 }
 
 size_t row_size(const Weight& weight, Float, int64_t) {

@@ -34,11 +34,6 @@ bool view_reshaped(mx::Primitive&, const View& in, View* out, int) {
   return in.dense();
 }
 
-bool view_contiguous(mx::Primitive&, const View& in, View* out, int) {
-  out->data = in.data;
-  return in.dense();
-}
-
 bool view_transposed(mx::Primitive& primitive, const View& in, View* out, int) {
   const std::vector<int> axes = as<mx::Transpose>(primitive).state();
   out->data = in.data;
@@ -133,7 +128,7 @@ constexpr Operation kOperations[] = {
     {"Slice", always, view_slice, nullptr},
     {"Split", always, view_split, nullptr},
     {"StopGradient", always, view_same, nullptr},
-    {"Contiguous", always, view_contiguous, nullptr},
+    {"Contiguous", always, view_reshaped, nullptr},
     {"Concatenate", always, nullptr, run_concatenate},
     {"SliceUpdate", plain_update, nullptr, run_copied_update},
 };

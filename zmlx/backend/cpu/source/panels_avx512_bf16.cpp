@@ -12,6 +12,7 @@
 
 #include "floats.h"
 #include "kernels.h"
+#include "load_avx512.h"
 
 namespace zmlx {
 namespace {
@@ -77,21 +78,6 @@ struct Unpack {
 
 inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-inline __m512 load_16(const void* data, Float type, int64_t index, __mmask16 mask) {
-  switch (type) {
-    case Float::f32:
-      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
-    case Float::f16:
-      return _mm512_cvtph_ps(
-          _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index));
-    default:
-      return _mm512_castsi512_ps(_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(
-              _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index)),
-          16));
-  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -298,20 +284,9 @@ void multiply(
     float* out,
     int64_t stride,
     void* scratch) {
-  switch (weight.bits) {
-    case 2:
-      return multiply_bits<2>(weight, batch, type, first, last, out, stride, scratch);
-    case 3:
-      return multiply_bits<3>(weight, batch, type, first, last, out, stride, scratch);
-    case 4:
-      return multiply_bits<4>(weight, batch, type, first, last, out, stride, scratch);
-    case 5:
-      return multiply_bits<5>(weight, batch, type, first, last, out, stride, scratch);
-    case 6:
-      return multiply_bits<6>(weight, batch, type, first, last, out, stride, scratch);
-    default:
-      return multiply_bits<8>(weight, batch, type, first, last, out, stride, scratch);
-  }
+  with_bits(weight.bits, [&](auto bits) {
+    multiply_bits<bits.value>(weight, batch, type, first, last, out, stride, scratch);
+  });
 }
 
 size_t row_size(const Weight& weight, Float type, int64_t) {

@@ -436,10 +436,4 @@ void Program::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[zmlx] a program runs on the CPU only");
 }
 
-int Program::size() const {
-  return int(std::count_if(steps_.begin(), steps_.end(), [](const ProgramStep& step) {
-    return step.operation->view == nullptr;
-  }));
-}
-
 } // namespace zmlx

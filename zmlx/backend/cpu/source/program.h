@@ -46,9 +46,6 @@ class Program : public mx::Primitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
 
-  // The steps that compute, for tests and reports.
-  int size() const;
-
  private:
   friend class Layout;
 
