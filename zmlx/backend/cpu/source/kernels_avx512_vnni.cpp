@@ -288,7 +288,11 @@ void few(
 // The kernels for many rows, or null where these here have to do.
 const Kernels* many(const Weight& weight, Float type, int64_t count) {
   static const Kernels* const panels = panels_best();
-  return panels != nullptr && panels->scratch_size(weight, type, count) > 0 ? panels : nullptr;
+  if (panels != nullptr && panels->scratch_size(weight, type, count) > 0) {
+    return panels;
+  }
+  // One value far above its group's others costs these their last bits of 24.
+  return limbs_of(weight, type) == 3 ? kernels_avx512() : nullptr;
 }
 
 void multiply(
