@@ -358,7 +358,7 @@ def test_the_command_explains_a_model(tmp_path):
         "affine, 4 bits, groups of 64; single layers: 2 x affine, 6 bits, groups of 64; "
         "1 x affine, 8 bits, groups of 32; 1 x not quantized"
     )
-    assert set(facts["patterns"]) == {"quantized_linear", "swiglu_mlp", "moe_mlp"}
+    assert set(facts["patterns"]) == {"quantized_linear", "linear", "swiglu_mlp", "moe_mlp"}
     assert facts["refused"] == []
 
 

@@ -15,8 +15,17 @@ SPECS = all_specs()
 
 #: parameter of a sample -> the values that tests run through
 VALUES = {
-    "group_size": (32, 64, 128),
-    "bits": (2, 3, 4, 5, 6, 8),
+    "packing": (
+        *(
+            ("affine", group_size, bits)
+            for group_size in (32, 64, 128)
+            for bits in (2, 3, 4, 5, 6, 8)
+        ),
+        ("mxfp4", 32, 4),
+        ("nvfp4", 16, 4),
+        ("mxfp8", 32, 8),
+        ("dense", 0, 0),
+    ),
     "dtype": (mx.float32, mx.float16, mx.bfloat16),
     "scale_dtype": (mx.float32, mx.float16, mx.bfloat16),
     "activation": ("silu", "gelu", "gelu_tanh"),

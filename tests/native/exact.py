@@ -56,6 +56,17 @@ def normal(*shape, dtype=mx.float32, seed: int = 9) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
+def single(values: np.ndarray) -> mx.array:
+    """Return values rounded to float32."""
+    return mx.array(values.astype(np.float32))
+
+
+def tighter(ours: mx.array, stock: mx.array, truth: np.ndarray) -> bool:
+    """Return whether the contract `tighter` holds."""
+    floor = 4e-7 + rounding(ours.dtype)
+    return error(ours, truth) <= max(error(stock, truth), floor)
+
+
 def rounding(dtype: mx.Dtype) -> float:
     """Return the relative error that storing a result in a dtype may cost."""
     return {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]

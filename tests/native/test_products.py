@@ -14,27 +14,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from zmlx.backend.cpu import native
-
-
-@pytest.fixture(scope="module")
-def library():
-    return native.load()
-
-
-@pytest.fixture(params=exact.kernel_sets())
-def kernels(request, library):
-    """Run a test with each set of kernels that this processor has."""
-    before = library.kernels()
-    library.set_kernels(request.param)
-    yield library
-    library.set_kernels(before)
-
-
-def tighter(ours: mx.array, stock: mx.array, truth: np.ndarray) -> bool:
-    floor = 4e-7 + exact.rounding(ours.dtype)
-    return exact.error(ours, truth) <= max(exact.error(stock, truth), floor)
-
 
 @pytest.mark.parametrize("bits", exact.BITS)
 @pytest.mark.parametrize("group_size", exact.GROUPS)
@@ -49,7 +28,7 @@ def test_matmul_is_tighter(kernels, bits, group_size, dtype):
         ours = kernels.quantized_matmul(x, *weight, **options)
         stock = mx.quantized_matmul(x, *weight, transpose=True, **options)
         assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype)
-        assert tighter(ours, stock, exact.wide(x) @ w64.T), (rows, kernels.kernels())
+        assert exact.tighter(ours, stock, exact.wide(x) @ w64.T), (rows, kernels.kernels())
 
 
 @pytest.mark.parametrize("bits", exact.BITS)
@@ -66,7 +45,7 @@ def test_glu_is_tighter(kernels, bits, activation, rows):
     sg, su = (mx.quantized_matmul(x, *w, transpose=True, **options) for w in (gate, up))
     stock = stock_activation(activation, sg) * su
     assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype)
-    assert tighter(ours, stock, truth)
+    assert exact.tighter(ours, stock, truth)
 
 
 def exact_activation(name, x):
@@ -123,14 +102,14 @@ def test_gathered_products_are_tighter(kernels, bits, tokens):
     )
     truth = np.einsum("tk,tjnk->tjn", exact.wide(x), w64[chosen])[:, :, None, :]
     assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype)
-    assert tighter(ours, stock, truth)
+    assert exact.tighter(ours, stock, truth)
 
     # A row of its own for each product.
     h = exact.normal(tokens, top_k, 1, inputs, dtype=mx.bfloat16, seed=5)
     ours = kernels.gather_quantized_matmul(h, *weight, indices, **options)
     stock = mx.gather_qmm(h, *weight, rhs_indices=indices, transpose=True, **options)
     each = np.einsum("tjk,tjnk->tjn", exact.wide(h)[:, :, 0], w64[chosen])
-    assert tighter(ours, stock, each[:, :, None, :])
+    assert exact.tighter(ours, stock, each[:, :, None, :])
 
     # Gate, up and activation.
     both = {f"{side}_{key}": value for side in ("gate", "up") for key, value in options.items()}
@@ -144,7 +123,7 @@ def test_gathered_products_are_tighter(kernels, bits, tokens):
     ours = kernels.gather_quantized_combine(h[:, :, 0], indices, shares, *weight, **options)
     stock = (stock.squeeze(-2) * shares[..., None]).sum(axis=-2)
     assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype)
-    assert tighter(ours, stock, (each * exact.wide(shares)[..., None]).sum(axis=1))
+    assert exact.tighter(ours, stock, (each * exact.wide(shares)[..., None]).sum(axis=1))
 
 
 @pytest.mark.parametrize("x_dtype", exact.FLOATS)

@@ -118,7 +118,7 @@ def needs(found: Family, config: Mapping[str, Any]) -> dict[str, str]:
     linear = "quantized layers, of which there are none"
     if settings is not None:
         linear = f"layers quantized as {quantization(config)}"
-    about = {"quantized_linear": linear}
+    about = {"quantized_linear": linear, "linear": "layers that are not quantized"}
     if row.mlp in _GATED:
         about[_GATED[row.mlp]] = f"dense MLPs that compute {table().activations[row.mlp]}"
     if row.router and _count(config, _EXPERTS) != 0:

@@ -1,8 +1,10 @@
-"""Products with affine-quantized weights.
+"""Products with the weights of linear layers, quantized or not.
 
-A weight is stored as `q` (unsigned, `bits` wide, packed) with a scale `s` and a bias `b` for every
-`group_size` inputs: w[n, k] = s[n, g] * q[n, k] + b[n, g], g = k // group_size (the affine mode of
-`mlx.core.quantize`). All sums here run in float32 over the unrounded activations.
+How a weight is stored is its mode. In affine mode it is `q` (unsigned, `bits` wide, packed) with a
+scale `s` and a bias `b` for every `group_size` inputs: w[n, k] = s[n, g] * q[n, k] + b[n, g],
+g = k // group_size (`mlx.core.quantize`). In the modes mxfp4, nvfp4 and mxfp8 `q` are small floats
+and there is no bias: w[n, k] = s[n, g] * q[n, k]. In mode dense `w` are floats and nothing else.
+All sums here run in float32 over the unrounded activations.
 
     quantized_matmul            y[m, n] = sum_k x[m, k] w[n, k] + bias[n]
     quantized_glu               y = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)
@@ -19,11 +21,23 @@ import mlx.core as mx
 
 from zmlx.kernels.spec import KernelSpec, Sample, register
 
+#: How a weight is stored: mode, group size, bits. The last two are 0 for plain floats.
+Packing = tuple[str, int, int]
 
-def _dequantized(w: mx.array, scales: mx.array, biases: mx.array, size: int, bits: int) -> mx.array:
-    return mx.dequantize(
-        w, scales.astype(mx.float32), biases.astype(mx.float32), group_size=size, bits=bits
-    )
+#: parts of a weight that its mode has not
+Part = mx.array | None
+
+
+def _dense(w: mx.array, scales: Part, biases: Part, packing: Packing) -> mx.array:
+    """Return a weight's values as float32."""
+    mode, group_size, bits = packing
+    if mode == "dense":
+        return w.astype(mx.float32)
+    assert scales is not None
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    dense = mx.dequantize(w, scales, biases, group_size=group_size, bits=bits, mode=mode)
+    return dense.astype(mx.float32)
 
 
 def _promoted(*arrays: mx.array | None) -> mx.Dtype:
@@ -33,6 +47,11 @@ def _promoted(*arrays: mx.array | None) -> mx.Dtype:
     for array in present[1:]:
         zero = zero + mx.zeros((), array.dtype)
     return zero.dtype
+
+
+def _deciding(w: mx.array, scales: Part, mode: str) -> mx.array | None:
+    """Return the part of a weight that decides on a product's dtype, if there is one."""
+    return {"affine": scales, "dense": w}.get(mode)
 
 
 def _activate(activation: str, gate: mx.array) -> mx.array:
@@ -48,79 +67,96 @@ def _activate(activation: str, gate: mx.array) -> mx.array:
 def _matmul_reference(
     x: mx.array,
     w: mx.array,
-    scales: mx.array,
-    biases: mx.array,
-    bias: mx.array | None = None,
+    scales: Part = None,
+    biases: Part = None,
+    bias: Part = None,
     *,
     group_size: int,
     bits: int,
+    mode: str = "affine",
 ) -> mx.array:
-    y = x.astype(mx.float32) @ _dequantized(w, scales, biases, group_size, bits).T
+    y = x.astype(mx.float32) @ _dense(w, scales, biases, (mode, group_size, bits)).T
     y = y if bias is None else y + bias.astype(mx.float32)
-    return y.astype(_promoted(x, scales, bias))
+    return y.astype(_promoted(x, _deciding(w, scales, mode), bias))
 
 
 def _glu_reference(
     x: mx.array,
     gate_w: mx.array,
-    gate_scales: mx.array,
-    gate_biases: mx.array,
+    gate_scales: Part,
+    gate_biases: Part,
     up_w: mx.array,
-    up_scales: mx.array,
-    up_biases: mx.array,
-    gate_bias: mx.array | None = None,
-    up_bias: mx.array | None = None,
+    up_scales: Part,
+    up_biases: Part,
+    gate_bias: Part = None,
+    up_bias: Part = None,
     *,
     activation: str,
     gate_group_size: int,
     gate_bits: int,
     up_group_size: int,
     up_bits: int,
+    gate_mode: str = "affine",
+    up_mode: str = "affine",
 ) -> mx.array:
     wide = x.astype(mx.float32)
-    gate = wide @ _dequantized(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits).T
-    up = wide @ _dequantized(up_w, up_scales, up_biases, up_group_size, up_bits).T
+    gate_packing, up_packing = (
+        (gate_mode, gate_group_size, gate_bits),
+        (up_mode, up_group_size, up_bits),
+    )
+    gate = wide @ _dense(gate_w, gate_scales, gate_biases, gate_packing).T
+    up = wide @ _dense(up_w, up_scales, up_biases, up_packing).T
     gate = gate if gate_bias is None else gate + gate_bias.astype(mx.float32)
     up = up if up_bias is None else up + up_bias.astype(mx.float32)
+    deciding = (_deciding(gate_w, gate_scales, gate_mode), _deciding(up_w, up_scales, up_mode))
     y = _activate(activation, gate) * up
-    return y.astype(_promoted(x, gate_scales, up_scales, gate_bias, up_bias))
+    return y.astype(_promoted(x, *deciding, gate_bias, up_bias))
 
 
 def _gather_matmul_reference(
     x: mx.array,
     w: mx.array,
-    scales: mx.array,
-    biases: mx.array,
+    scales: Part,
+    biases: Part,
     indices: mx.array,
     *,
     group_size: int,
     bits: int,
+    mode: str = "affine",
 ) -> mx.array:
-    chosen = _dequantized(w, scales, biases, group_size, bits)[indices]
-    return (x.astype(mx.float32) @ chosen.swapaxes(-1, -2)).astype(_promoted(x, scales))
+    chosen = _dense(w, scales, biases, (mode, group_size, bits))[indices]
+    y = x.astype(mx.float32) @ chosen.swapaxes(-1, -2)
+    return y.astype(_promoted(x, _deciding(w, scales, mode)))
 
 
 def _gather_glu_reference(
     x: mx.array,
     indices: mx.array,
     gate_w: mx.array,
-    gate_scales: mx.array,
-    gate_biases: mx.array,
+    gate_scales: Part,
+    gate_biases: Part,
     up_w: mx.array,
-    up_scales: mx.array,
-    up_biases: mx.array,
+    up_scales: Part,
+    up_biases: Part,
     *,
     activation: str,
     gate_group_size: int,
     gate_bits: int,
     up_group_size: int,
     up_bits: int,
+    gate_mode: str = "affine",
+    up_mode: str = "affine",
 ) -> mx.array:
     wide = x.astype(mx.float32)[:, None, None, :]
-    gate = _dequantized(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits)[indices]
-    up = _dequantized(up_w, up_scales, up_biases, up_group_size, up_bits)[indices]
+    gate_packing, up_packing = (
+        (gate_mode, gate_group_size, gate_bits),
+        (up_mode, up_group_size, up_bits),
+    )
+    gate = _dense(gate_w, gate_scales, gate_biases, gate_packing)[indices]
+    up = _dense(up_w, up_scales, up_biases, up_packing)[indices]
     product = _activate(activation, wide @ gate.swapaxes(-1, -2)) * (wide @ up.swapaxes(-1, -2))
-    return product.squeeze(-2).astype(_promoted(x, gate_scales, up_scales))
+    deciding = (_deciding(gate_w, gate_scales, gate_mode), _deciding(up_w, up_scales, up_mode))
+    return product.squeeze(-2).astype(_promoted(x, *deciding))
 
 
 def _gather_combine_reference(
@@ -128,16 +164,17 @@ def _gather_combine_reference(
     indices: mx.array,
     weights: mx.array,
     w: mx.array,
-    scales: mx.array,
-    biases: mx.array,
+    scales: Part,
+    biases: Part,
     *,
     group_size: int,
     bits: int,
+    mode: str = "affine",
 ) -> mx.array:
-    chosen = _dequantized(w, scales, biases, group_size, bits)[indices]
+    chosen = _dense(w, scales, biases, (mode, group_size, bits))[indices]
     y = (h.astype(mx.float32)[:, :, None, :] @ chosen.swapaxes(-1, -2)).squeeze(-2)
     y = (y * weights.astype(mx.float32)[..., None]).sum(axis=-2)
-    return y.astype(_promoted(h, scales, weights))
+    return y.astype(_promoted(h, _deciding(w, scales, mode), weights))
 
 
 # Sizes of the samples: one group and a half-filled vector of rows, so that tails run.
@@ -148,89 +185,87 @@ def _normal(*shape: int, dtype: mx.Dtype, seed: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def _quantized(
-    *shape: int, group_size: int, bits: int, scale_dtype: mx.Dtype, seed: int
-) -> tuple[mx.array, mx.array, mx.array]:
+def _inputs(packing: Packing) -> int:
+    """Return the inputs of a sample: three groups, or no multiple of anything."""
+    return 3 * max(32, packing[1]) if packing[1] else 77
+
+
+def _weight(
+    *shape: int, packing: Packing, scale_dtype: mx.Dtype, seed: int
+) -> tuple[mx.array, Part, Part]:
+    mode, group_size, bits = packing
     weight = _normal(*shape, dtype=mx.float32, seed=seed)
-    w, scales, biases = mx.quantize(weight, group_size, bits)
-    return w, scales.astype(scale_dtype), biases.astype(scale_dtype)
+    if mode == "dense":
+        return weight.astype(scale_dtype), None, None
+    w, scales, *biases = mx.quantize(weight, group_size, bits, mode)
+    if biases:
+        return w, scales.astype(scale_dtype), biases[0].astype(scale_dtype)
+    return w, scales, None
 
 
-def _matmul_sample(*, group_size: int, bits: int, dtype: mx.Dtype, scale_dtype: mx.Dtype) -> Sample:
-    inputs = 3 * group_size
-    weight = _quantized(
-        _ROWS, inputs, group_size=group_size, bits=bits, scale_dtype=scale_dtype, seed=1
-    )
-    x = _normal(_TOKENS, inputs, dtype=dtype, seed=2)
+def _form(packing: Packing) -> dict[str, Any]:
+    mode, group_size, bits = packing
+    return {"group_size": group_size, "bits": bits, "mode": mode}
+
+
+def _matmul_sample(*, packing: Packing, dtype: mx.Dtype, scale_dtype: mx.Dtype) -> Sample:
+    weight = _weight(_ROWS, _inputs(packing), packing=packing, scale_dtype=scale_dtype, seed=1)
+    x = _normal(_TOKENS, _inputs(packing), dtype=dtype, seed=2)
     bias = _normal(_ROWS, dtype=scale_dtype, seed=3)
-    return Sample((x, *weight, bias), {"group_size": group_size, "bits": bits})
+    return Sample((x, *weight, bias), _form(packing))
 
 
-def _glu_options(activation: str, group_size: int, bits: int) -> dict[str, Any]:
-    return {
-        "activation": activation,
-        "gate_group_size": group_size,
-        "gate_bits": bits,
-        "up_group_size": group_size,
-        "up_bits": bits,
-    }
+def _glu_options(activation: str, packing: Packing) -> dict[str, Any]:
+    form = _form(packing)
+    both = {f"{side}_{key}": value for side in ("gate", "up") for key, value in form.items()}
+    return {"activation": activation, **both}
 
 
 def _glu_sample(
-    *, group_size: int, bits: int, dtype: mx.Dtype, scale_dtype: mx.Dtype, activation: str
+    *, packing: Packing, dtype: mx.Dtype, scale_dtype: mx.Dtype, activation: str
 ) -> Sample:
-    inputs = 3 * group_size
     gate, up = (
-        _quantized(_ROWS, inputs, group_size=group_size, bits=bits, scale_dtype=scale_dtype, seed=n)
-        for n in (1, 2)
+        _weight(_ROWS, _inputs(packing), packing=packing, scale_dtype=scale_dtype, seed=seed)
+        for seed in (1, 2)
     )
-    x = _normal(_TOKENS, inputs, dtype=dtype, seed=3)
-    return Sample((x, *gate, *up), _glu_options(activation, group_size, bits))
+    x = _normal(_TOKENS, _inputs(packing), dtype=dtype, seed=3)
+    return Sample((x, *gate, *up), _glu_options(activation, packing))
 
 
-def _experts(group_size: int, bits: int, scale_dtype: mx.Dtype, seed: int) -> tuple[mx.array, ...]:
-    return _quantized(
-        _EXPERTS,
-        _ROWS,
-        3 * group_size,
-        group_size=group_size,
-        bits=bits,
-        scale_dtype=scale_dtype,
-        seed=seed,
-    )
+def _experts(packing: Packing, scale_dtype: mx.Dtype, seed: int) -> tuple[mx.array, Part, Part]:
+    shape = (_EXPERTS, _ROWS, _inputs(packing))
+    return _weight(*shape, packing=packing, scale_dtype=scale_dtype, seed=seed)
 
 
 def _indices() -> mx.array:
     return mx.array([[2, 0], [1, 2]], dtype=mx.uint32)
 
 
-def _gather_matmul_sample(
-    *, group_size: int, bits: int, dtype: mx.Dtype, scale_dtype: mx.Dtype
-) -> Sample:
-    x = _normal(_TOKENS, _TOP_K, 1, 3 * group_size, dtype=dtype, seed=2)
-    weight = _experts(group_size, bits, scale_dtype, 1)
-    return Sample((x, *weight, _indices()), {"group_size": group_size, "bits": bits})
+def _gather_matmul_sample(*, packing: Packing, dtype: mx.Dtype, scale_dtype: mx.Dtype) -> Sample:
+    x = _normal(_TOKENS, _TOP_K, 1, _inputs(packing), dtype=dtype, seed=2)
+    return Sample((x, *_experts(packing, scale_dtype, 1), _indices()), _form(packing))
 
 
 def _gather_glu_sample(
-    *, group_size: int, bits: int, dtype: mx.Dtype, scale_dtype: mx.Dtype, activation: str
+    *, packing: Packing, dtype: mx.Dtype, scale_dtype: mx.Dtype, activation: str
 ) -> Sample:
-    x = _normal(_TOKENS, 3 * group_size, dtype=dtype, seed=3)
-    gate, up = (_experts(group_size, bits, scale_dtype, seed) for seed in (1, 2))
-    return Sample((x, _indices(), *gate, *up), _glu_options(activation, group_size, bits))
+    x = _normal(_TOKENS, _inputs(packing), dtype=dtype, seed=3)
+    gate, up = (_experts(packing, scale_dtype, seed) for seed in (1, 2))
+    return Sample((x, _indices(), *gate, *up), _glu_options(activation, packing))
 
 
-def _gather_combine_sample(
-    *, group_size: int, bits: int, dtype: mx.Dtype, scale_dtype: mx.Dtype
-) -> Sample:
-    h = _normal(_TOKENS, _TOP_K, 3 * group_size, dtype=dtype, seed=2)
+def _gather_combine_sample(*, packing: Packing, dtype: mx.Dtype, scale_dtype: mx.Dtype) -> Sample:
+    h = _normal(_TOKENS, _TOP_K, _inputs(packing), dtype=dtype, seed=2)
     weights = mx.array([[0.75, 0.25], [0.5, 0.5]], dtype=mx.float32)
-    weight = _experts(group_size, bits, scale_dtype, 1)
-    return Sample((h, _indices(), weights, *weight), {"group_size": group_size, "bits": bits})
+    weight = _experts(packing, scale_dtype, 1)
+    return Sample((h, _indices(), weights, *weight), _form(packing))
 
 
-_WEIGHT = "w (N, K * bits / 32) uint32; scales, biases (N, K / group_size) float"
-_EXPERT_WEIGHT = "w (E, N, K * bits / 32) uint32; scales, biases (E, N, K / group_size) float"
+_WEIGHT = (
+    "w (N, K * bits / 32) uint32; scales (N, K / group_size) float, in modes mxfp4, nvfp4 and mxfp8"
+    " uint8; biases like scales, only in affine mode; in mode dense w (N, K) float alone"
+)
+_EXPERT_WEIGHT = "for each of E experts: " + _WEIGHT
 
 QUANTIZED_MATMUL = register(
     KernelSpec(

@@ -1,4 +1,4 @@
-"""A dense MLP whose forward holds a gated product of two quantized projections."""
+"""A dense MLP whose forward holds a gated product of two projections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zmlx.patch.pattern import (
     Refused,
     library_class,
 )
-from zmlx.patch.quantization import affine, kernel_configuration
+from zmlx.patch.weights import kernel_configuration, paired_form, parts, refusal
 
 
 class GatedMLP(PatchPattern):
@@ -38,7 +38,7 @@ class GatedMLP(PatchPattern):
     def examine(
         self, module: nn.Module, path: str, parent: nn.Module | None, config: PatchConfig
     ) -> Proposal | Refused | None:
-        """Accept a forward that holds the expression, over two quantized linear layers."""
+        """Accept a forward that holds the expression, over two of the library's linear layers."""
         try:
             forward = own_forward(type(module))
         except ForwardRefused as refusal:
@@ -68,14 +68,18 @@ class GatedMLP(PatchPattern):
         return Proposal((config.backend,), members, uses, f"{site.gate} and {site.up} in one pass")
 
 
+#: layers whose weights may be read: theirs is the product with the weight, plus a bias
+_LINEAR = (nn.QuantizedLinear, nn.Linear)
+
+
 def projection_refusal(layer: Any) -> str | None:
-    """Return why a child is not a quantized linear layer whose weights may be read, or None."""
+    """Return why a child is not a linear layer whose weights may be read, or None."""
     if not isinstance(layer, nn.Module):
         return "not a layer"
     cls = library_class(layer)
-    if cls is not nn.QuantizedLinear:
-        return f"{cls.__name__} is not a QuantizedLinear"
-    return affine(layer)
+    if cls not in _LINEAR:
+        return f"{cls.__name__} is not a QuantizedLinear or Linear"
+    return refusal(layer)
 
 
 def _rewritten(base: type, site: GatedProduct) -> Any:
@@ -91,12 +95,7 @@ def _rewritten(base: type, site: GatedProduct) -> Any:
 
 def _ready(self: Any, gate: Any, up: Any) -> bool:
     """Whether both layers are still the library's own: an adapter may have wrapped one since."""
-    return (
-        not self._training
-        and library_class(gate) is nn.QuantizedLinear
-        and library_class(up) is nn.QuantizedLinear
-        and gate.mode == up.mode == "affine"
-    )
+    return not self._training and library_class(gate) in _LINEAR and library_class(up) in _LINEAR
 
 
 def _product(kernel: Callable[..., mx.array], site: GatedProduct) -> Any:
@@ -105,19 +104,12 @@ def _product(kernel: Callable[..., mx.array], site: GatedProduct) -> Any:
     def _zmlx_glu(self: Any, gate: Any, up: Any, x: mx.array) -> mx.array:
         return kernel(
             x,
-            gate["weight"],
-            gate["scales"],
-            gate["biases"],
-            up["weight"],
-            up["scales"],
-            up["biases"],
+            *parts(gate),
+            *parts(up),
             gate.get("bias"),
             up.get("bias"),
             activation=activation,
-            gate_group_size=gate.group_size,
-            gate_bits=gate.bits,
-            up_group_size=up.group_size,
-            up_bits=up.bits,
+            **paired_form(gate, up),
         )
 
     return _zmlx_glu

@@ -34,7 +34,14 @@ from zmlx.patch.pattern import (
     Refused,
     library_class,
 )
-from zmlx.patch.quantization import affine, kernel_configuration
+from zmlx.patch.weights import (
+    form,
+    kernel_configuration,
+    paired_form,
+    parts,
+    product_dtype,
+    refusal,
+)
 
 OPTIONS: dict[str, str] = {
     # tokens in one call above which the stock experts run; 0 is no limit
@@ -49,9 +56,13 @@ OPTIONS: dict[str, str] = {
 _SWITCH = "mlx_lm.models.switch_layers"
 
 
-def _is(module: Any, name: str) -> bool:
+#: layers of experts whose weights may be read
+_LAYERS = ("QuantizedSwitchLinear", "SwitchLinear")
+
+
+def _is(module: Any, *names: str) -> bool:
     cls = library_class(module) if isinstance(module, nn.Module) else type(module)
-    return (cls.__module__, cls.__qualname__) == (_SWITCH, name)
+    return cls.__module__ == _SWITCH and cls.__qualname__ in names
 
 
 class MoEMLP(PatchPattern):
@@ -66,7 +77,7 @@ class MoEMLP(PatchPattern):
     def examine(
         self, module: nn.Module, path: str, parent: nn.Module | None, config: PatchConfig
     ) -> Proposal | Refused | None:
-        """Accept SwitchGLU with quantized SwiGLU experts, and blocks that sum its outputs."""
+        """Accept SwitchGLU with SwiGLU experts, and blocks that sum its outputs."""
         if _is(module, "SwitchGLU"):
             return _examine_experts(module, config)
         holders = [name for name, child in module.items() if _is(child, "SwitchGLU")]
@@ -82,13 +93,13 @@ def _experts_refusal(experts: nn.Module, config: PatchConfig) -> str | None:
     try:
         for part in (type(experts.activation), library_class(experts)):
             own_forward(part)
-    except ForwardRefused as refusal:
-        return str(refusal)
+    except ForwardRefused as refused:
+        return str(refused)
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = experts.get(name)
-        if layer is None or not _is(layer, "QuantizedSwitchLinear"):
-            return f"{name}: {type(layer).__name__} is not a QuantizedSwitchLinear"
-        reason = affine(layer) or ("has a bias" if "bias" in layer else None)
+        if layer is None or not _is(layer, *_LAYERS):
+            return f"{name}: {type(layer).__name__} is not a QuantizedSwitchLinear or SwitchLinear"
+        reason = refusal(layer) or ("has a bias" if "bias" in layer else None)
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -120,15 +131,8 @@ def _examine_experts(module: nn.Module, config: PatchConfig) -> Proposal | Refus
                 return stock(self, x, indices)  # type: ignore[no-any-return]
             down = self["down_proj"]
             hidden = _gated(glu, self, x, indices)
-            y = gather(
-                hidden[:, :, None, :],
-                down["weight"],
-                down["scales"],
-                down["biases"],
-                indices.reshape(-1, indices.shape[-1]),
-                group_size=down.group_size,
-                bits=down.bits,
-            )
+            chosen = indices.reshape(-1, indices.shape[-1])
+            y = gather(hidden[:, :, None, :], *parts(down), chosen, **form(down))
             return y.reshape(*indices.shape, y.shape[-1])
 
         return {"__call__": __call__}
@@ -199,7 +203,7 @@ def _ready(experts: Any, x: mx.array, indices: mx.array, limit: int) -> bool:
     layers = (experts["gate_proj"], experts["up_proj"], experts["down_proj"])
     return (
         not experts._training
-        and all(_is(layer, "QuantizedSwitchLinear") for layer in layers)
+        and all(_is(layer, *_LAYERS) for layer in layers)
         and x.shape[:-1] == indices.shape[:-1]
         and (not limit or indices.size // indices.shape[-1] <= limit)
     )
@@ -213,17 +217,10 @@ def _gated(
     return kernel(
         x.reshape(-1, x.shape[-1]),
         indices.reshape(-1, indices.shape[-1]),
-        gate["weight"],
-        gate["scales"],
-        gate["biases"],
-        up["weight"],
-        up["scales"],
-        up["biases"],
+        *parts(gate),
+        *parts(up),
         activation="silu",
-        gate_group_size=gate.group_size,
-        gate_bits=gate.bits,
-        up_group_size=up.group_size,
-        up_bits=up.bits,
+        **paired_form(gate, up),
     )
 
 
@@ -239,15 +236,12 @@ def _combine(
             hidden,
             indices.reshape(hidden.shape[:2]),
             weights.reshape(hidden.shape[:2]),
-            down["weight"],
-            down["scales"],
-            down["biases"],
-            group_size=down.group_size,
-            bits=down.bits,
+            *parts(down),
+            **form(down),
         )
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if keeps_dtype:
-            y = y.astype(mx.result_type(hidden, down["scales"]))
+            y = y.astype(product_dtype(hidden, down))
         return y
 
     return _zmlx_combine

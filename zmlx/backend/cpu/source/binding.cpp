@@ -29,6 +29,20 @@ static nb::list available_kernels() {
   return names;
 }
 
+// A weight from what Python gives; what its mode has not is None.
+static zmlx::WeightArray weight_of(
+    const array& w, const Optional& scales, const Optional& biases, int group_size, int bits,
+    const std::string& name) {
+  const zmlx::Mode mode = zmlx::mode_of(name);
+  if (scales.has_value() != (mode != zmlx::Mode::dense) ||
+      biases.has_value() != (mode == zmlx::Mode::affine)) {
+    throw std::invalid_argument(
+        "[zmlx] weights of mode '" + name +
+        "': affine ones have scales and biases, dense ones neither, others scales");
+  }
+  return {w, scales, biases, {mode, group_size, bits}};
+}
+
 NB_MODULE(_zmlx_cpu, m) {
   nb::module_::import_("mlx.core");
   zmlx::set_kernels(zmlx::kernels_best());
@@ -46,100 +60,73 @@ NB_MODULE(_zmlx_cpu, m) {
 
   m.def(
       "quantized_matmul",
-      [](const array& x,
-         const array& w,
-         const array& scales,
-         const array& biases,
-         const Optional& bias,
-         int group_size,
-         int bits) {
-        return zmlx::quantized_matmul(x, {w, scales, biases, {group_size, bits}}, bias);
+      [](const array& x, const array& w, const Optional& scales, const Optional& biases,
+         const Optional& bias, int group_size, int bits, const std::string& mode) {
+        return zmlx::quantized_matmul(
+            x, weight_of(w, scales, biases, group_size, bits, mode), bias);
       },
-      "x"_a, "w"_a, "scales"_a, "biases"_a, "bias"_a = nb::none(), nb::kw_only(),
-      "group_size"_a, "bits"_a);
+      "x"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(),
+      nb::kw_only(), "group_size"_a, "bits"_a, "mode"_a = "affine");
 
   m.def(
       "quantized_glu",
-      [](const array& x,
-         const array& gate_w,
-         const array& gate_scales,
-         const array& gate_biases,
-         const array& up_w,
-         const array& up_scales,
-         const array& up_biases,
-         const Optional& gate_bias,
-         const Optional& up_bias,
-         const std::string& activation,
-         int gate_group_size,
-         int gate_bits,
-         int up_group_size,
-         int up_bits) {
+      [](const array& x, const array& gate_w, const Optional& gate_scales,
+         const Optional& gate_biases, const array& up_w, const Optional& up_scales,
+         const Optional& up_biases, const Optional& gate_bias, const Optional& up_bias,
+         const std::string& activation, int gate_group_size, int gate_bits, int up_group_size,
+         int up_bits, const std::string& gate_mode, const std::string& up_mode) {
         return zmlx::quantized_glu(
             x,
-            {gate_w, gate_scales, gate_biases, {gate_group_size, gate_bits}},
-            {up_w, up_scales, up_biases, {up_group_size, up_bits}},
+            weight_of(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits, gate_mode),
+            weight_of(up_w, up_scales, up_biases, up_group_size, up_bits, up_mode),
             gate_bias,
             up_bias,
             activation);
       },
-      "x"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a, "up_w"_a, "up_scales"_a, "up_biases"_a,
-      "gate_bias"_a = nb::none(), "up_bias"_a = nb::none(), nb::kw_only(), "activation"_a,
-      "gate_group_size"_a, "gate_bits"_a, "up_group_size"_a, "up_bits"_a);
+      "x"_a, "gate_w"_a, "gate_scales"_a.none(), "gate_biases"_a.none(), "up_w"_a,
+      "up_scales"_a.none(), "up_biases"_a.none(), "gate_bias"_a = nb::none(),
+      "up_bias"_a = nb::none(), nb::kw_only(), "activation"_a, "gate_group_size"_a, "gate_bits"_a,
+      "up_group_size"_a, "up_bits"_a, "gate_mode"_a = "affine", "up_mode"_a = "affine");
 
   m.def(
       "gather_quantized_matmul",
-      [](const array& x,
-         const array& w,
-         const array& scales,
-         const array& biases,
-         const array& indices,
-         int group_size,
-         int bits) {
-        return zmlx::gather_quantized_matmul(x, {w, scales, biases, {group_size, bits}}, indices);
+      [](const array& x, const array& w, const Optional& scales, const Optional& biases,
+         const array& indices, int group_size, int bits, const std::string& mode) {
+        return zmlx::gather_quantized_matmul(
+            x, weight_of(w, scales, biases, group_size, bits, mode), indices);
       },
-      "x"_a, "w"_a, "scales"_a, "biases"_a, "indices"_a, nb::kw_only(), "group_size"_a, "bits"_a);
+      "x"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), "indices"_a, nb::kw_only(),
+      "group_size"_a, "bits"_a, "mode"_a = "affine");
 
   m.def(
       "gather_quantized_glu",
-      [](const array& x,
-         const array& indices,
-         const array& gate_w,
-         const array& gate_scales,
-         const array& gate_biases,
-         const array& up_w,
-         const array& up_scales,
-         const array& up_biases,
-         const std::string& activation,
-         int gate_group_size,
-         int gate_bits,
-         int up_group_size,
-         int up_bits) {
+      [](const array& x, const array& indices, const array& gate_w, const Optional& gate_scales,
+         const Optional& gate_biases, const array& up_w, const Optional& up_scales,
+         const Optional& up_biases, const std::string& activation, int gate_group_size,
+         int gate_bits, int up_group_size, int up_bits, const std::string& gate_mode,
+         const std::string& up_mode) {
         return zmlx::gather_quantized_glu(
             x,
             indices,
-            {gate_w, gate_scales, gate_biases, {gate_group_size, gate_bits}},
-            {up_w, up_scales, up_biases, {up_group_size, up_bits}},
+            weight_of(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits, gate_mode),
+            weight_of(up_w, up_scales, up_biases, up_group_size, up_bits, up_mode),
             activation);
       },
-      "x"_a, "indices"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a, "up_w"_a, "up_scales"_a,
-      "up_biases"_a, nb::kw_only(), "activation"_a, "gate_group_size"_a, "gate_bits"_a,
-      "up_group_size"_a, "up_bits"_a);
+      "x"_a, "indices"_a, "gate_w"_a, "gate_scales"_a.none(), "gate_biases"_a.none(), "up_w"_a,
+      "up_scales"_a.none(), "up_biases"_a.none(), nb::kw_only(), "activation"_a,
+      "gate_group_size"_a, "gate_bits"_a, "up_group_size"_a, "up_bits"_a, "gate_mode"_a = "affine",
+      "up_mode"_a = "affine");
 
   m.def(
       "gather_quantized_combine",
-      [](const array& h,
-         const array& indices,
-         const array& weights,
-         const array& w,
-         const array& scales,
-         const array& biases,
-         int group_size,
-         int bits) {
+      [](const array& h, const array& indices, const array& weights, const array& w,
+         const Optional& scales, const Optional& biases, int group_size, int bits,
+         const std::string& mode) {
         return zmlx::gather_quantized_combine(
-            h, indices, weights, {w, scales, biases, {group_size, bits}});
+            h, indices, weights, weight_of(w, scales, biases, group_size, bits, mode));
       },
-      "h"_a, "indices"_a, "weights"_a, "w"_a, "scales"_a, "biases"_a, nb::kw_only(),
-      "group_size"_a, "bits"_a);
+      "h"_a, "indices"_a, "weights"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), nb::kw_only(),
+      "group_size"_a, "bits"_a, "mode"_a = "affine");
 
   m.def("fuse", &zmlx::fuse, "wanted"_a);
 

@@ -73,6 +73,34 @@ inline float load_float(const void* data, Float type, int64_t index) {
   }
 }
 
+// Four bits of exponent, three of mantissa: with the same bits a half is 256 times smaller.
+inline float from_e4m3(uint8_t value) {
+  return from_f16(uint16_t((value & 0x80u) << 8 | (value & 0x7fu) << 7)) * 256.0f;
+}
+
+// A power of two; zero stands for the least.
+inline float from_e8m0(uint8_t value) {
+  return bits_to_float(value == 0 ? 0x00400000u : uint32_t(value) << 23);
+}
+
+// Twice the values of two bits of exponent and one of mantissa.
+constexpr int8_t kTwiceE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+inline float load_scale(const Weight& weight, int64_t index) {
+  switch (weight.scale) {
+    case Scale::e8m0:
+      return from_e8m0(static_cast<const uint8_t*>(weight.scales)[index]);
+    case Scale::e4m3:
+      return from_e4m3(static_cast<const uint8_t*>(weight.scales)[index]);
+    default:
+      return load_float(weight.scales, Float(weight.scale), index);
+  }
+}
+
+inline float load_bias(const Weight& weight, int64_t index) {
+  return load_float(weight.biases, Float(weight.scale), index);
+}
+
 inline void store_float(void* data, Float type, int64_t index, float value) {
   switch (type) {
     case Float::f32:

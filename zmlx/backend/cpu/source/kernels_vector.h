@@ -18,6 +18,7 @@ namespace {
 typedef float Lanes __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef int32_t Signed __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(8)));
 typedef int8_t SignedBytes __attribute__((vector_size(8)));
 
@@ -33,22 +34,22 @@ inline float sum_lanes(Lanes v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Eight shifted values of `Bits` bits as float32. `whole` allows reading eight bytes at `from`.
-template <int Bits>
+// Eight shifted values of `bits` bits as float32. `whole` allows reading eight bytes at `from`.
+template <int bits>
 inline Lanes unpack(const uint8_t* from, bool whole) {
   uint64_t packed = 0;
   if (whole) {
     std::memcpy(&packed, from, 8);
   } else {
-    std::memcpy(&packed, from, Bits);
+    std::memcpy(&packed, from, bits);
   }
   const uint32_t low = uint32_t(packed);
-  const uint32_t high = uint32_t(packed >> (4 * Bits));
-  constexpr uint32_t mask = (1u << Bits) - 1;
+  const uint32_t high = uint32_t(packed >> (4 * bits));
+  constexpr uint32_t mask = (1u << bits) - 1;
   Words words = {low, low, low, low, high, high, high, high};
-  const Words shift = {0, Bits, 2 * Bits, 3 * Bits, 0, Bits, 2 * Bits, 3 * Bits};
+  const Words shift = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
   words = (words >> shift) & mask;
-  return __builtin_convertvector(Signed(words) - (1 << (Bits - 1)), Lanes);
+  return __builtin_convertvector(Signed(words) - (1 << (bits - 1)), Lanes);
 }
 
 #if defined(__AVX2__)
@@ -57,12 +58,17 @@ inline Lanes widen(__m128i signed_bytes) {
   return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(signed_bytes));
 }
 
+// Sixteen nibbles, the even ones first: shifted integers, or small floats doubled.
+template <Code code>
 inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
   const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  const __m128i both = _mm_unpacklo_epi64(packed, _mm_srli_epi16(packed, 4));
-  const __m128i shifted = _mm_sub_epi8(_mm_and_si128(both, _mm_set1_epi8(15)), _mm_set1_epi8(8));
-  values[0] = widen(shifted);
-  values[1] = widen(_mm_unpackhi_epi64(shifted, shifted));
+  const __m128i both = _mm_and_si128(
+      _mm_unpacklo_epi64(packed, _mm_srli_epi16(packed, 4)), _mm_set1_epi8(15));
+  const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kTwiceE2m1));
+  const __m128i chosen = code == Code::e2m1 ? _mm_shuffle_epi8(table, both)
+                                            : _mm_sub_epi8(both, _mm_set1_epi8(8));
+  values[0] = widen(chosen);
+  values[1] = widen(_mm_unpackhi_epi64(chosen, chosen));
 }
 
 inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
@@ -72,11 +78,20 @@ inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
   values[1] = widen(_mm_unpackhi_epi64(shifted, shifted));
 }
 #else
+template <Code code>
 inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
   Bytes packed;
   std::memcpy(&packed, from, 8);
-  values[0] = __builtin_convertvector(SignedBytes(packed & 15) - 8, Lanes);
-  values[1] = __builtin_convertvector(SignedBytes(packed >> 4) - 8, Lanes);
+  const Bytes nibbles[2] = {packed & 15, packed >> 4};
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (code == Code::e2m1) {
+      for (int i = 0; i < 8; ++i) {
+        values[half][i] = float(kTwiceE2m1[nibbles[half][i]]);
+      }
+    } else {
+      values[half] = __builtin_convertvector(SignedBytes(nibbles[half]) - 8, Lanes);
+    }
+  }
 }
 
 inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
@@ -88,77 +103,147 @@ inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
 }
 #endif
 
-// Sixteen shifted values; `left` bytes may be read. Those of 4 bits come out with the even ones
-// first, which is the order in which `pack` stores activations for them.
-template <int Bits>
-inline void unpack_16(const uint8_t* from, int64_t left, Lanes (&values)[2]) {
-  if constexpr (Bits == 4) {
-    widen_nibbles(from, values);
-  } else if constexpr (Bits == 8) {
-    widen_bytes(from, values);
+// Eight floats of a type, or small ones 256 times too small (floats.h).
+template <Code code>
+inline Lanes load_eight(const void* data, int64_t index) {
+  if constexpr (code == Code::f32) {
+    return load_lanes(static_cast<const float*>(data) + index);
+  } else if constexpr (code == Code::bf16) {
+    Halves halves;
+    std::memcpy(&halves, static_cast<const uint16_t*>(data) + index, sizeof halves);
+    return (Lanes)(__builtin_convertvector(halves, Words) << 16);
+  }
+#if defined(__F16C__)
+  __m128i halves;
+  if constexpr (code == Code::e4m3) {
+    const auto* from = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(data) + index);
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(from)), 7);
+    halves = _mm_and_si128(wide, _mm_set1_epi16(int16_t(0xbf80))); // the sign came twice
   } else {
-    values[0] = unpack<Bits>(from, left >= 8);
-    values[1] = unpack<Bits>(from + Bits, left >= 8 + Bits);
+    const auto* from = reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + index);
+    halves = _mm_loadu_si128(from);
+  }
+  return (Lanes)_mm256_cvtph_ps(halves);
+#else
+  Lanes values;
+  for (int i = 0; i < 8; ++i) {
+    values[i] = code == Code::e4m3
+        ? from_e4m3(static_cast<const uint8_t*>(data)[index + i]) * 0x1p-8f
+        : load_float(data, float_of(code), index + i);
+  }
+  return values;
+#endif
+}
+
+// Sixteen values, of nibbles the even ones first, which is the order in which `pack` stores
+// activations for them. Integers are shifted; small floats come in units of `unit`. `left` bytes
+// may be read.
+template <Code code>
+inline void unpack_16(const uint8_t* from, int64_t left, Lanes (&values)[2]) {
+  constexpr int bits = bits_of(code);
+  if constexpr (of_nibbles(code)) {
+    widen_nibbles<code>(from, values);
+  } else if constexpr (code == Code::u8) {
+    widen_bytes(from, values);
+  } else if constexpr (code == Code::e4m3) {
+    values[0] = load_eight<code>(from, 0);
+    values[1] = load_eight<code>(from, 8);
+  } else {
+    values[0] = unpack<bits>(from, left >= 8);
+    values[1] = unpack<bits>(from + bits, left >= 8 + bits);
   }
 }
 
-template <int Bits, int Count>
+template <Code code>
+constexpr float unit = code == Code::e2m1 ? 0.5f : code == Code::e4m3 ? 256.0f : 1.0f;
+
+// Rows of activations are float32, with zeros up to sixteen.
+int64_t padded(const Weight& weight) {
+  return rounded_up(weight.inputs, 16);
+}
+
+template <Code code, int Count>
 void multiply_rows(
-    const Weight& weight,
-    const Batch& batch,
-    int64_t row,
-    int64_t first,
-    int64_t last,
-    float* out,
-    int64_t stride) {
+    const Weight& weight, const float* x, const float* sums, int64_t first, int64_t last,
+    float* out, int64_t stride) {
   const int64_t groups = weight.groups();
-  const float* x = static_cast<const float*>(batch.data) + row * batch.inputs;
-  const float* sums = batch.sums + row * groups;
   const uint8_t* end = weight.q + weight.rows * weight.row_bytes();
   for (int64_t n = first; n < last; ++n) {
     const uint8_t* q = weight.q + n * weight.row_bytes();
     float biased[Count] = {};
     Lanes total[Count] = {};
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = load_float(weight.scales, weight.type, n * groups + g);
-      const float bias = load_float(weight.biases, weight.type, n * groups + g) +
-          float(1 << (Bits - 1)) * scale;
+      const float scale = load_scale(weight, n * groups + g) * unit<code>;
       Lanes dot[Count][2] = {}; // two of them, for each waits on its last addition
       for (int k = 0; k < weight.group; k += 16) {
         Lanes values[2];
-        unpack_16<Bits>(q, end - q, values);
-        q += 2 * Bits;
+        unpack_16<code>(q, end - q, values);
+        q += 2 * bits_of(code);
         for (int m = 0; m < Count; ++m) {
-          const float* xs = x + m * batch.inputs + g * weight.group + k;
+          const float* xs = x + m * padded(weight) + g * weight.group + k;
           dot[m][0] += values[0] * load_lanes(xs);
           dot[m][1] += values[1] * load_lanes(xs + 8);
         }
       }
       for (int m = 0; m < Count; ++m) {
         total[m] += (dot[m][0] + dot[m][1]) * scale;
-        biased[m] += bias * sums[m * groups + g];
+      }
+      if constexpr (affine(code)) {
+        const float half = float(1 << (bits_of(code) - 1));
+        const float bias = load_bias(weight, n * groups + g) + half * scale;
+        for (int m = 0; m < Count; ++m) {
+          biased[m] += bias * sums[m * groups + g];
+        }
       }
     }
     for (int m = 0; m < Count; ++m) {
-      out[(row + m) * stride + n - first] = sum_lanes(total[m]) + biased[m];
+      out[m * stride + n - first] = sum_lanes(total[m]) + biased[m];
     }
   }
 }
 
-template <int Bits>
-void multiply_bits(
-    const Weight& weight,
-    const Batch& batch,
-    int64_t first,
-    int64_t last,
-    float* out,
+// The same without groups.
+template <Code code, int Count>
+void multiply_dense_rows(
+    const Weight& weight, const float* x, int64_t first, int64_t last, float* out,
     int64_t stride) {
-  int64_t row = 0;
-  for (; row + kBatchRows <= batch.count; row += kBatchRows) {
-    multiply_rows<Bits, kBatchRows>(weight, batch, row, first, last, out, stride);
+  constexpr int kSums = Count == 1 ? 4 : 2; // as many, for each waits on its last addition
+  const int64_t whole = weight.inputs / (8 * kSums) * 8 * kSums;
+  for (int64_t n = first; n < last; ++n) {
+    const uint8_t* row = weight.q + n * weight.row_bytes();
+    Lanes sum[Count][kSums] = {};
+    for (int64_t k = 0; k < whole; k += 8 * kSums) {
+      for (int i = 0; i < kSums; ++i) {
+        const Lanes values = load_eight<code>(row, k + 8 * i);
+        for (int m = 0; m < Count; ++m) {
+          sum[m][i] += values * load_lanes(x + m * padded(weight) + k + 8 * i);
+        }
+      }
+    }
+    for (int m = 0; m < Count; ++m) {
+      float rest = 0;
+      for (int64_t k = whole; k < weight.inputs; ++k) {
+        rest += load_float(row, float_of(code), k) * x[m * padded(weight) + k];
+      }
+      for (int i = 1; i < kSums; ++i) {
+        sum[m][0] += sum[m][i];
+      }
+      out[m * stride + n - first] = sum_lanes(sum[m][0]) + rest;
+    }
   }
-  for (; row < batch.count; ++row) {
-    multiply_rows<Bits, 1>(weight, batch, row, first, last, out, stride);
+}
+
+template <Code code, int Count>
+void rows(
+    const Weight& weight, const Batch& batch, int64_t row, int64_t first, int64_t last, float* out,
+    int64_t stride) {
+  const float* x = static_cast<const float*>(batch.data) + row * padded(weight);
+  float* to = out + row * stride;
+  if constexpr (dense(code)) {
+    multiply_dense_rows<code, Count>(weight, x, first, last, to, stride);
+  } else {
+    const float* sums = batch.sums + row * weight.groups();
+    multiply_rows<code, Count>(weight, x, sums, first, last, to, stride);
   }
 }
 
@@ -171,23 +256,30 @@ void multiply(
     float* out,
     int64_t stride,
     void*) {
-  with_bits(weight.bits, [&](auto bits) {
-    multiply_bits<bits.value>(weight, batch, first, last, out, stride);
+  with_code(weight.code, [&](auto code) {
+    int64_t row = 0;
+    for (; row + kBatchRows <= batch.count; row += kBatchRows) {
+      rows<code.value, kBatchRows>(weight, batch, row, first, last, out, stride);
+    }
+    for (; row < batch.count; ++row) {
+      rows<code.value, 1>(weight, batch, row, first, last, out, stride);
+    }
   });
 }
 
 size_t row_size(const Weight& weight, Float, int64_t) {
-  return size_t(weight.inputs) * sizeof(float);
+  return size_t(padded(weight)) * sizeof(float);
 }
 
 void pack(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row) {
-  float* to = static_cast<float*>(batch.data) + row * batch.inputs;
+  float* to = static_cast<float*>(batch.data) + row * padded(weight);
+  std::fill(to + weight.inputs, to + padded(weight), 0.0f);
   float* sums = batch.sums + row * weight.groups();
   for (int64_t g = 0; g < weight.groups(); ++g) {
     float sum = 0;
     for (int64_t k = g * weight.group; k < (g + 1) * weight.group; ++k) {
       const float value = load_float(x, type, k);
-      to[weight.bits == 4 ? (k & ~15) + (k & 1) * 8 + (k & 15) / 2 : k] = value;
+      to[of_nibbles(weight.code) ? (k & ~15) + (k & 1) * 8 + (k & 15) / 2 : k] = value;
       sum += value;
     }
     sums[g] = sum;

@@ -10,22 +10,40 @@
 namespace zmlx {
 namespace {
 
-// Three consecutive operands: a quantized weight.
+Code code_of(Format format, mx::Dtype values) {
+  switch (format.mode) {
+    case Mode::mxfp4:
+    case Mode::nvfp4:
+      return Code::e2m1;
+    case Mode::mxfp8:
+      return Code::e4m3;
+    case Mode::dense:
+      return values == mx::float32 ? Code::f32 : values == mx::float16 ? Code::f16 : Code::bf16;
+    default:
+      return format.bits == 8 ? Code::u8 : Code(int(Code::u2) + format.bits - 2);
+  }
+}
+
+// Three consecutive operands make a weight; see `append`.
 class WeightOperand {
  public:
   WeightOperand(Operands in, size_t at, Format format)
       : w_(*in[at]), scales_(*in[at + 1]), biases_(*in[at + 2]), format_(format) {}
 
   Weight weight() const {
-    return {
-        static_cast<const uint8_t*>(w_.data()),
-        scales_.data(),
-        biases_.data(),
-        w_.view().extent(-2),
-        scales_.view().extent(-1) * format_.group_size,
-        format_.bits,
-        format_.group_size,
-        scales_.type()};
+    const int64_t rows = w_.view().extent(-2), last = scales_.view().extent(-1);
+    const Code code = code_of(format_, w_.view().dtype);
+    const auto* q = static_cast<const uint8_t*>(w_.data());
+    switch (format_.mode) {
+      case Mode::affine:
+        return {q, scales_.data(), biases_.data(), rows, last * format_.group_size, code,
+                format_.group_size, scale_of(scales_.type())};
+      case Mode::dense:
+        return {q, nullptr, nullptr, rows, last, code, last, Scale::f32};
+      default:
+        return {q, scales_.data(), nullptr, rows, last * format_.group_size, code,
+                format_.group_size, format_.mode == Mode::nvfp4 ? Scale::e4m3 : Scale::e8m0};
+    }
   }
 
   Experts experts() const {
@@ -69,24 +87,40 @@ Routing routing_of(const Ordered& indices, int64_t per_row) {
   return {static_cast<const uint32_t*>(indices.data()), indices.view().size, per_row};
 }
 
+const char* name_of(Mode mode) {
+  constexpr const char* names[] = {"affine", "mxfp4", "nvfp4", "mxfp8", "dense"};
+  return names[int(mode)];
+}
+
+// From three operands; see `append`.
+WeightArray weight_at(const Arrays& in, size_t at, Format format) {
+  WeightArray weight{in[at], std::nullopt, std::nullopt, format};
+  if (format.mode != Mode::dense) {
+    weight.scales = in[at + 1];
+  }
+  if (format.mode == Mode::affine) {
+    weight.biases = in[at + 2];
+  }
+  return weight;
+}
+
 mx::array stock_matmul(const mx::array& x, const Arrays& in, size_t at, Format f) {
+  if (f.mode == Mode::dense) {
+    return mx::matmul(x, mx::swapaxes(in[at], -1, -2));
+  }
   return mx::quantized_matmul(
-      x, in[at], in[at + 1], in[at + 2], true, f.group_size, f.bits, "affine");
+      x, in[at], in[at + 1], weight_at(in, at, f).biases, true, f.group_size, f.bits,
+      name_of(f.mode));
 }
 
 mx::array stock_gather(
     const mx::array& x, const Arrays& in, size_t at, Format f, const mx::array& indices) {
+  if (f.mode == Mode::dense) {
+    return mx::gather_mm(x, mx::swapaxes(in[at], -1, -2), std::nullopt, indices);
+  }
   return mx::gather_qmm(
-      x,
-      in[at],
-      in[at + 1],
-      in[at + 2],
-      std::nullopt,
-      indices,
-      true,
-      f.group_size,
-      f.bits,
-      "affine");
+      x, in[at], in[at + 1], weight_at(in, at, f).biases, std::nullopt, indices, true,
+      f.group_size, f.bits, name_of(f.mode));
 }
 
 mx::array stock_activation(Activation activation, const mx::array& x) {
@@ -112,8 +146,7 @@ class QuantizedMatmul : public Fused {
   }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& same = static_cast<const QuantizedMatmul&>(other);
-    return format_.group_size == same.format_.group_size && format_.bits == same.format_.bits;
+    return format_ == static_cast<const QuantizedMatmul&>(other).format_;
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
@@ -129,7 +162,7 @@ class QuantizedMatmul : public Fused {
 
   std::optional<mx::array> over_rows(const Arrays& in) const override {
     const auto bias = in.size() > 4 ? std::optional<mx::array>(in[4]) : std::nullopt;
-    return quantized_matmul(in[0], {in[1], in[2], in[3], format_}, bias);
+    return quantized_matmul(in[0], weight_at(in, 1, format_), bias);
   }
 
   void run(Operands in, const View& out) const override {
@@ -160,9 +193,7 @@ class QuantizedGlu : public Fused {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const QuantizedGlu&>(other);
-    return gate_.group_size == o.gate_.group_size && gate_.bits == o.gate_.bits &&
-        up_.group_size == o.up_.group_size && up_.bits == o.up_.bits &&
-        activation_ == o.activation_ && gate_bias_ == o.gate_bias_ && up_bias_ == o.up_bias_;
+    return gate_ == o.gate_ && up_ == o.up_ && activation_ == o.activation_ && gate_bias_ == o.gate_bias_ && up_bias_ == o.up_bias_;
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
@@ -216,8 +247,7 @@ class GatherMatmul : public Fused {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const GatherMatmul&>(other);
-    return format_.group_size == o.format_.group_size && format_.bits == o.format_.bits &&
-        per_row_ == o.per_row_;
+    return format_ == o.format_ && per_row_ == o.per_row_;
   }
 
   Arrays stock(const Arrays& in) const override {
@@ -247,9 +277,7 @@ class GatherGlu : public Fused {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const GatherGlu&>(other);
-    return gate_.group_size == o.gate_.group_size && gate_.bits == o.gate_.bits &&
-        up_.group_size == o.up_.group_size && up_.bits == o.up_.bits &&
-        activation_ == o.activation_;
+    return gate_ == o.gate_ && up_ == o.up_ && activation_ == o.activation_;
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& in) override {
@@ -286,8 +314,7 @@ class GatherCombine : public Fused {
   }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const GatherCombine&>(other);
-    return format_.group_size == o.format_.group_size && format_.bits == o.format_.bits;
+    return format_ == static_cast<const GatherCombine&>(other).format_;
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& in) override {
@@ -320,30 +347,58 @@ class GatherCombine : public Fused {
 // From arrays to primitives. What the kernels do not take becomes the stock operation, which also
 // words the errors.
 
-bool takes(const QuantizedArray& weight, size_t ndim) {
-  const int bits = weight.format.bits, group = weight.format.group_size;
-  const bool known_bits = bits >= 2 && bits <= 8 && bits != 7;
-  const bool known_group = group == 32 || group == 64 || group == 128;
-  if (!known_bits || !known_group || weight.w.ndim() != ndim || weight.w.dtype() != mx::uint32 ||
-      !float_of(weight.scales.dtype()) || weight.biases.dtype() != weight.scales.dtype() ||
-      weight.scales.shape() != weight.biases.shape() || weight.scales.ndim() != ndim) {
+// Values in a row of a weight.
+int64_t inputs_of(const WeightArray& weight) {
+  return weight.format.mode == Mode::dense
+      ? int64_t(weight.w.shape(-1))
+      : int64_t(weight.scales->shape(-1)) * weight.format.group_size;
+}
+
+bool takes(const Format& format) {
+  const int bits = format.bits, group = format.group_size;
+  switch (format.mode) {
+    case Mode::affine:
+      return bits >= 2 && bits <= 8 && bits != 7 && (group == 32 || group == 64 || group == 128);
+    case Mode::mxfp8:
+      return bits == 8 && group == 32;
+    default:
+      return bits == 4 && group == (format.mode == Mode::nvfp4 ? 16 : 32);
+  }
+}
+
+bool takes_scales(const WeightArray& weight, size_t ndim) {
+  if (!weight.scales || weight.scales->ndim() != ndim) {
     return false;
   }
-  for (size_t axis = 0; axis + 1 < ndim; ++axis) {
-    if (weight.w.shape(axis) != weight.scales.shape(axis)) {
+  const mx::array& scales = *weight.scales;
+  if (weight.format.mode == Mode::affine) {
+    if (!float_of(scales.dtype()) || !weight.biases ||
+        weight.biases->dtype() != scales.dtype() || weight.biases->shape() != scales.shape()) {
       return false;
     }
+  } else if (scales.dtype() != mx::uint8 || weight.biases) {
+    return false;
   }
-  const int64_t inputs = int64_t(weight.scales.shape(-1)) * group;
-  return inputs > 0 && weight.w.size() > 0 && int64_t(weight.w.shape(-1)) * 32 == inputs * bits;
+  return std::equal(scales.shape().begin(), scales.shape().end() - 1, weight.w.shape().begin());
 }
 
-bool takes(const mx::array& x, const QuantizedArray& weight) {
+bool takes(const WeightArray& weight, size_t ndim) {
+  if (weight.w.ndim() != ndim || weight.w.size() == 0) {
+    return false;
+  }
+  if (weight.format.mode == Mode::dense) {
+    return float_of(weight.w.dtype()).has_value() && !weight.scales && !weight.biases;
+  }
+  return takes(weight.format) && weight.w.dtype() == mx::uint32 && takes_scales(weight, ndim) &&
+      int64_t(weight.w.shape(-1)) * 32 == inputs_of(weight) * weight.format.bits;
+}
+
+bool takes(const mx::array& x, const WeightArray& weight) {
   return x.ndim() > 0 && x.size() > 0 && float_of(x.dtype()) &&
-      int64_t(x.shape(-1)) == int64_t(weight.scales.shape(-1)) * weight.format.group_size;
+      int64_t(x.shape(-1)) == inputs_of(weight);
 }
 
-bool takes(const std::optional<mx::array>& bias, const QuantizedArray& weight) {
+bool takes(const std::optional<mx::array>& bias, const WeightArray& weight) {
   return !bias ||
       (float_of(bias->dtype()) && bias->ndim() == 1 && bias->shape(0) == weight.w.shape(-2));
 }
@@ -366,8 +421,22 @@ mx::Dtype promoted(mx::Dtype type, const std::optional<mx::array>& other) {
   return other ? mx::promote_types(type, other->dtype()) : type;
 }
 
-void append(Arrays& inputs, const QuantizedArray& weight) {
-  inputs.insert(inputs.end(), {weight.w, weight.scales, weight.biases});
+// The type of x @ w.T in stock operations.
+mx::Dtype product_type(const mx::array& x, const WeightArray& weight) {
+  switch (weight.format.mode) {
+    case Mode::affine:
+      return promoted(x.dtype(), weight.scales);
+    case Mode::dense:
+      return mx::promote_types(x.dtype(), weight.w.dtype());
+    default:
+      return x.dtype();
+  }
+}
+
+// A weight is always three operands; what it lacks is stood for by what it has.
+void append(Arrays& inputs, const WeightArray& weight) {
+  const mx::array& scales = weight.scales.value_or(weight.w);
+  inputs.insert(inputs.end(), {weight.w, scales, weight.biases.value_or(scales)});
 }
 
 mx::array as_indices(const mx::array& indices) {
@@ -376,8 +445,18 @@ mx::array as_indices(const mx::array& indices) {
 
 } // namespace
 
+Mode mode_of(const std::string& name) {
+  for (const Mode mode : {Mode::affine, Mode::mxfp4, Mode::nvfp4, Mode::mxfp8, Mode::dense}) {
+    if (name == name_of(mode)) {
+      return mode;
+    }
+  }
+  throw std::invalid_argument(
+      "[zmlx] mode '" + name + "': expected affine, mxfp4, nvfp4, mxfp8 or dense");
+}
+
 mx::array quantized_matmul(
-    const mx::array& x, const QuantizedArray& weight, const std::optional<mx::array>& bias) {
+    const mx::array& x, const WeightArray& weight, const std::optional<mx::array>& bias) {
   Arrays inputs = {x};
   append(inputs, weight);
   if (bias) {
@@ -391,14 +470,14 @@ mx::array quantized_matmul(
   }
   mx::Shape shape = x.shape();
   shape.back() = weight.w.shape(0);
-  const mx::Dtype type = promoted(mx::promote_types(x.dtype(), weight.scales.dtype()), bias);
+  const mx::Dtype type = promoted(product_type(x, weight), bias);
   return made(std::move(shape), type, std::move(primitive), std::move(inputs));
 }
 
 mx::array quantized_glu(
     const mx::array& x,
-    const QuantizedArray& gate,
-    const QuantizedArray& up,
+    const WeightArray& gate,
+    const WeightArray& up,
     const std::optional<mx::array>& gate_bias,
     const std::optional<mx::array>& up_bias,
     const std::string& activation) {
@@ -424,14 +503,14 @@ mx::array quantized_glu(
   }
   mx::Shape shape = x.shape();
   shape.back() = gate.w.shape(0);
-  const mx::Dtype gates = promoted(mx::promote_types(x.dtype(), gate.scales.dtype()), gate_bias);
-  const mx::Dtype ups = promoted(mx::promote_types(x.dtype(), up.scales.dtype()), up_bias);
+  const mx::Dtype gates = promoted(product_type(x, gate), gate_bias);
+  const mx::Dtype ups = promoted(product_type(x, up), up_bias);
   return made(
       std::move(shape), mx::promote_types(gates, ups), std::move(primitive), std::move(inputs));
 }
 
 mx::array gather_quantized_matmul(
-    const mx::array& x, const QuantizedArray& weight, const mx::array& indices) {
+    const mx::array& x, const WeightArray& weight, const mx::array& indices) {
   const auto stream = cpu_stream();
   // Either one row for each index, or one row for all indices of the last axis.
   mx::Shape batch(x.shape().begin(), x.shape().end() - std::min<size_t>(2, x.ndim()));
@@ -453,15 +532,15 @@ mx::array gather_quantized_matmul(
   mx::Shape shape = indices.shape();
   shape.push_back(1);
   shape.push_back(weight.w.shape(1));
-  const mx::Dtype type = mx::promote_types(x.dtype(), weight.scales.dtype());
+  const mx::Dtype type = product_type(x, weight);
   return made(std::move(shape), type, std::move(primitive), std::move(inputs));
 }
 
 mx::array gather_quantized_glu(
     const mx::array& x,
     const mx::array& indices,
-    const QuantizedArray& gate,
-    const QuantizedArray& up,
+    const WeightArray& gate,
+    const WeightArray& up,
     const std::string& activation) {
   Arrays inputs = {x, as_indices(indices)};
   append(inputs, gate);
@@ -482,8 +561,7 @@ mx::array gather_quantized_glu(
     return primitive->stock(inputs)[0];
   }
   mx::Shape shape = {indices.shape(0), indices.shape(1), gate.w.shape(1)};
-  const mx::Dtype type = mx::promote_types(
-      mx::promote_types(x.dtype(), gate.scales.dtype()), up.scales.dtype());
+  const mx::Dtype type = mx::promote_types(product_type(x, gate), product_type(x, up));
   return made(std::move(shape), type, std::move(primitive), std::move(inputs));
 }
 
@@ -491,7 +569,7 @@ mx::array gather_quantized_combine(
     const mx::array& h,
     const mx::array& indices,
     const mx::array& weights,
-    const QuantizedArray& weight) {
+    const WeightArray& weight) {
   if (h.ndim() != 3 || indices.ndim() != 2 || weights.shape() != indices.shape() ||
       h.shape(0) != indices.shape(0) || h.shape(1) != indices.shape(1)) {
     throw std::invalid_argument(
@@ -507,8 +585,7 @@ mx::array gather_quantized_combine(
     return primitive->stock(inputs)[0];
   }
   mx::Shape shape = {h.shape(0), weight.w.shape(1)};
-  const mx::Dtype type = mx::promote_types(
-      mx::promote_types(h.dtype(), weight.scales.dtype()), weights.dtype());
+  const mx::Dtype type = mx::promote_types(product_type(h, weight), weights.dtype());
   return made(std::move(shape), type, std::move(primitive), std::move(inputs));
 }
 

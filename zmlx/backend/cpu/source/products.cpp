@@ -231,17 +231,21 @@ Experts rounded_to(Experts experts, Float results) {
 }
 
 bool same_packing(const Weight& a, const Weight& b) {
-  return a.bits == b.bits && a.group == b.group && a.inputs == b.inputs;
+  return a.code == b.code && a.group == b.group && a.inputs == b.inputs;
 }
 
 } // namespace
 
 Weight Experts::expert(int64_t index) const {
   Weight one = weight;
-  const size_t scale_bytes = size_t(weight.rows) * weight.groups() * size_of(weight.type);
+  const size_t scale_bytes = size_t(weight.rows) * weight.groups() * weight.scale_size();
   one.q += size_t(index) * weight.rows * weight.row_bytes();
-  one.scales = static_cast<const char*>(weight.scales) + size_t(index) * scale_bytes;
-  one.biases = static_cast<const char*>(weight.biases) + size_t(index) * scale_bytes;
+  if (!dense(weight.code)) {
+    one.scales = static_cast<const char*>(weight.scales) + size_t(index) * scale_bytes;
+  }
+  if (affine(weight.code)) {
+    one.biases = static_cast<const char*>(weight.biases) + size_t(index) * scale_bytes;
+  }
   return one;
 }
 
