@@ -1,6 +1,7 @@
-"""The functions of `mlx.core.fast` that a decode step calls between its products.
+"""What a decode step calls between its products, most of it from `mlx.core.fast`.
 
     rms_norm    y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i]
+    logsumexp   y = log(sum_i exp(x[i]))
     rope        (x[i], x[i + d/2]) turned by the angle (t + offset) * scale * f[i]
     scaled_dot_product_attention    softmax(scale * q k^T + mask) v, H heads over G key heads
 
@@ -23,6 +24,12 @@ def _rms_norm_reference(x: mx.array, weight: mx.array | None, eps: float) -> mx.
     y = wide * mx.rsqrt(mx.mean(wide * wide, axis=-1, keepdims=True) + eps)
     y = y if weight is None else y * weight.astype(mx.float32)
     return y.astype(x.dtype if weight is None else mx.result_type(x, weight))
+
+
+def _logsumexp_reference(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    largest = wide.max(axis=-1, keepdims=True)
+    return (mx.log(mx.exp(wide - largest).sum(axis=-1, keepdims=True)) + largest).astype(x.dtype)
 
 
 def _rope_reference(
@@ -90,6 +97,10 @@ def _rms_norm_sample(*, dtype: mx.Dtype) -> Sample:
     return Sample((x, _normal(37, dtype=dtype, seed=2), 1e-5))
 
 
+def _logsumexp_sample(*, dtype: mx.Dtype) -> Sample:
+    return Sample((_normal(2, 9001, dtype=dtype, seed=1),))
+
+
 def _rope_sample(*, dtype: mx.Dtype, traditional: bool) -> Sample:
     x = _normal(2, 3, 2, 40, dtype=dtype, seed=1)
     options = {"traditional": traditional, "base": 1e4, "scale": 0.5, "offset": 3}
@@ -112,6 +123,19 @@ RMS_NORM = register(
         sample=_rms_norm_sample,
         contract={"cpu": "tighter"},
         native="rms_norm",
+    )
+)
+
+LOGSUMEXP = register(
+    KernelSpec(
+        name="logsumexp",
+        domain="reductions",
+        formula="y = log(sum_i exp(x[i]))",
+        shapes=("x (..., V) float", "y (..., 1)"),
+        reference=_logsumexp_reference,
+        sample=_logsumexp_sample,
+        contract={"cpu": "tighter"},
+        native="log_sum_exp",
     )
 )
 

@@ -6,6 +6,7 @@ g = k // group_size (`mlx.core.quantize`). In the modes mxfp4, nvfp4 and mxfp8 `
 and there is no bias: w[n, k] = s[n, g] * q[n, k]. In mode dense `w` are floats and nothing else.
 All sums here run in float32 over the unrounded activations.
 
+    lookup                      y[t] = w[indices[t]], the values of some rows
     quantized_matmul            y[m, n] = sum_k x[m, k] w[n, k] + bias[n]
     quantized_glu               y = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)
     gather_quantized_matmul     y[t, j] = x[t, j] @ w[indices[t, j]].T
@@ -62,6 +63,21 @@ def _activate(activation: str, gate: mx.array) -> mx.array:
     if activation == "gelu_tanh":
         return 0.5 * gate * (1 + mx.tanh((2 / mx.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
     raise ValueError(f"activation {activation!r}: expected silu, gelu or gelu_tanh")
+
+
+def _lookup_reference(
+    indices: mx.array,
+    w: mx.array,
+    scales: Part,
+    biases: Part,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str = "affine",
+) -> mx.array:
+    deciding = _deciding(w, scales, mode)
+    y = _dense(w, scales, biases, (mode, group_size, bits))[indices]
+    return y.astype(mx.bfloat16 if deciding is None else deciding.dtype)
 
 
 def _matmul_reference(
@@ -208,6 +224,11 @@ def _form(packing: Packing) -> dict[str, Any]:
     return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
+def _lookup_sample(*, packing: Packing, scale_dtype: mx.Dtype) -> Sample:
+    weight = _weight(_ROWS, _inputs(packing), packing=packing, scale_dtype=scale_dtype, seed=1)
+    return Sample((mx.array([[3, -1], [0, _ROWS - 1]]), *weight), _form(packing))
+
+
 def _matmul_sample(*, packing: Packing, dtype: mx.Dtype, scale_dtype: mx.Dtype) -> Sample:
     weight = _weight(_ROWS, _inputs(packing), packing=packing, scale_dtype=scale_dtype, seed=1)
     x = _normal(_TOKENS, _inputs(packing), dtype=dtype, seed=2)
@@ -266,6 +287,19 @@ _WEIGHT = (
     " uint8; biases like scales, only in affine mode; in mode dense w (N, K) float alone"
 )
 _EXPERT_WEIGHT = "for each of E experts: " + _WEIGHT
+
+LOOKUP = register(
+    KernelSpec(
+        name="lookup",
+        domain="quant",
+        formula="y[t] = s * q[indices[t]] + b",
+        shapes=("indices (...) int", _WEIGHT, "y (..., K)"),
+        reference=_lookup_reference,
+        sample=_lookup_sample,
+        contract={"cpu": "tighter"},
+        native="lookup",
+    )
+)
 
 QUANTIZED_MATMUL = register(
     KernelSpec(

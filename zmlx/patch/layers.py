@@ -8,17 +8,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from zmlx.kernels.quantized import GATHER_QUANTIZED_MATMUL, QUANTIZED_MATMUL
+from zmlx.kernels.quantized import GATHER_QUANTIZED_MATMUL, LOOKUP, QUANTIZED_MATMUL
 from zmlx.kernels.spec import KernelSpec
 from zmlx.patch.forward import ForwardRefused, own_forward
 from zmlx.patch.pattern import KernelUse, PatchConfig, PatchPattern, Proposal, Refused
 from zmlx.patch.weights import form, kernel_configuration, parts, refusal
 
-#: the kernel -> builds the members of a replacement from the class that it replaces
-Members = Callable[[Any], Callable[[type], dict[str, Any]]]
+#: the kernels -> builds the members of a replacement from the class that it replaces
+Members = Callable[..., Callable[[type], dict[str, Any]]]
 
-#: class, by the module that defines it -> (kernel, members, what is replaced)
-Layers = Mapping[tuple[str, str], tuple[KernelSpec, Members, str]]
+#: kernels, members
+Kind = tuple[tuple[KernelSpec, ...], Members]
+
+#: class, by the module that defines it -> kind
+Layers = Mapping[tuple[str, str], Kind]
 
 
 class LayerPattern(PatchPattern):
@@ -42,21 +45,19 @@ class LayerPattern(PatchPattern):
         known = self._layers.get((cls.__module__, cls.__qualname__))
         if known is None:
             return None
-        spec, members, method = known
+        specs, members = known
         reason = refusal(module)
         if reason is not None:
             return Refused(reason)
         try:
-            if method == "__call__":
-                own_forward(cls)
+            own_forward(cls)
         except ForwardRefused as refused:
             return Refused(str(refused))
-        use = KernelUse(spec, kernel_configuration(module))
         return Proposal(
             (config.backend,),
-            lambda base: members(spec.implementation(config.backend))(base),
-            (use,),
-            f"{spec.name}",
+            lambda base: members(*(spec.implementation(config.backend) for spec in specs))(base),
+            tuple(KernelUse(spec, kernel_configuration(module, spec)) for spec in specs),
+            " and ".join(spec.name for spec in specs),
         )
 
 
@@ -74,16 +75,21 @@ def _linear(kernel: Any) -> Callable[[type], dict[str, Any]]:
     return namespace
 
 
-def _embedding(kernel: Any) -> Callable[[type], dict[str, Any]]:
+def _embedding(lookup: Any, kernel: Any) -> Callable[[type], dict[str, Any]]:
     def namespace(base: type) -> dict[str, Any]:
-        stock = base.as_linear  # type: ignore[attr-defined]
+        stock, stock_linear = base.__call__, base.as_linear  # type: ignore[attr-defined]
+
+        def __call__(self: Any, x: mx.array) -> mx.array:
+            if self._training:
+                return stock(self, x)  # type: ignore[no-any-return]
+            return lookup(x, *parts(self), **form(self))  # type: ignore[no-any-return]
 
         def as_linear(self: Any, x: mx.array) -> mx.array:
             if self._training:
-                return stock(self, x)  # type: ignore[no-any-return]
+                return stock_linear(self, x)  # type: ignore[no-any-return]
             return kernel(x, *parts(self), **form(self))  # type: ignore[no-any-return]
 
-        return {"as_linear": as_linear}
+        return {"__call__": __call__, "as_linear": as_linear}
 
     return namespace
 
@@ -125,8 +131,7 @@ def _multi_linear(kernel: Any) -> Callable[[type], dict[str, Any]]:
     return namespace
 
 
-#: kind of layer -> kernel, members, what is replaced
-LINEAR = (QUANTIZED_MATMUL, _linear, "__call__")
-EMBEDDING = (QUANTIZED_MATMUL, _embedding, "as_linear")
-SWITCH_LINEAR = (GATHER_QUANTIZED_MATMUL, _switch_linear, "__call__")
-MULTI_LINEAR = (GATHER_QUANTIZED_MATMUL, _multi_linear, "__call__")
+LINEAR: Kind = ((QUANTIZED_MATMUL,), _linear)
+EMBEDDING: Kind = ((LOOKUP, QUANTIZED_MATMUL), _embedding)
+SWITCH_LINEAR: Kind = ((GATHER_QUANTIZED_MATMUL,), _switch_linear)
+MULTI_LINEAR: Kind = ((GATHER_QUANTIZED_MATMUL,), _multi_linear)

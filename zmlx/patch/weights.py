@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from zmlx.kernels.spec import KernelSpec
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 #: modes of mx.quantize without biases -> group size, bits
@@ -67,8 +70,10 @@ def product_dtype(x: mx.array, module: Any) -> mx.Dtype:
     return mx.result_type(x, module["scales" if mode == "affine" else "weight"])
 
 
-def kernel_configuration(module: Any) -> dict[str, Any]:
+def kernel_configuration(module: Any, spec: KernelSpec | None = None) -> dict[str, Any]:
     """Return the configuration in which a layer's kernel is probed.
+
+    With a kernel, only what its sample takes.
 
     Activations usually have the dtype of the scales, or of the weight where there are none of
     floats; with others the kernel promotes as stock does.
@@ -76,8 +81,10 @@ def kernel_configuration(module: Any) -> dict[str, Any]:
     stored = form(module)
     deciding = module["scales" if stored["mode"] == "affine" else "weight"].dtype
     dtype = deciding if deciding in FLOATS else mx.bfloat16
-    return {
+    configuration = {
         "packing": (stored["mode"], stored["group_size"], stored["bits"]),
         "dtype": dtype,
         "scale_dtype": dtype,
     }
+    taken = configuration if spec is None else inspect.signature(spec.sample).parameters
+    return {name: value for name, value in configuration.items() if name in taken}

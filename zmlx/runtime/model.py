@@ -18,6 +18,7 @@ from zmlx.patch.pattern import patterns as all_patterns
 from zmlx.patch.plan import Request, make_plan
 from zmlx.patch.report import Candidate, PatchReport
 from zmlx.profile import Policy, resolve_policy
+from zmlx.runtime import sampling
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -89,6 +90,7 @@ def patch(
 def unpatch(model: ModelT) -> ModelT:
     """Give every replaced module its own class again and drop the report; return the model."""
     restore(model)
+    sampling.release(model)
     vars(model).pop(RESULT, None)
     return model
 
@@ -129,6 +131,8 @@ def _replace(model: nn.Module, policy: Policy, request: Request, *notes: str) ->
         raise
     report.seconds = time.perf_counter() - started
     setattr(model, RESULT, report)
+    if "decode_step" in report.pattern_counts:
+        sampling.use(model, request.backend)
     return report
 
 

@@ -36,8 +36,10 @@ MANIFEST = "library.json"
 #: Longest time for one step, in seconds; a compiler or a self-test that hangs is given up.
 TIME_LIMIT = 600
 
-_COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-w"]
-_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_COMMON = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-w"]
+#: of units with loops whose lengths are known only to templates; the others gain nothing
+_HOT = ["-O3"]
+_AVX2 = [*_HOT, "-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 #: translation unit -> flags of its own, the slowest to compile first
 _X86_UNITS: dict[str, list[str]] = {
@@ -50,8 +52,10 @@ _X86_UNITS: dict[str, list[str]] = {
 }
 _UNITS: dict[str, list[str]] = {
     "primitives.cpp": [],
-    "binding.cpp": [],
-    "kernels_portable.cpp": [],
+    "weights.cpp": [],
+    "lookup.cpp": [],
+    "binding.cpp": ["-O1"],
+    "kernels_portable.cpp": _HOT,
     "products.cpp": [],
     "pool.cpp": [],
     "dispatch.cpp": [],
@@ -175,7 +179,8 @@ def build(folder: Path, compiler: str) -> Path:
     library = folder / file_name()
     include = _includes()
     jobs = [(SOURCE / name, flags) for name, flags in _units().items()]
-    jobs.insert(0, (_nanobind_folder() / "src" / "nb_combined.cpp", ["-fno-strict-aliasing"]))
+    binding = _nanobind_folder() / "src" / "nb_combined.cpp"
+    jobs.insert(0, (binding, ["-O1", "-fno-strict-aliasing"]))
     command = shlex.split(compiler)
 
     def compile_unit(job: tuple[Path, list[str]]) -> str:

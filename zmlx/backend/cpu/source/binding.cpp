@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "fuse.h"
+#include "lookup.h"
 #include "pool.h"
 #include "primitives.h"
 #include "products.h"
@@ -50,6 +51,8 @@ NB_MODULE(_zmlx_cpu, m) {
   m.def(
       "rms_norm", &zmlx::rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
 
+  m.def("log_sum_exp", &zmlx::log_sum_exp, "x"_a);
+
   m.def(
       "rope", &zmlx::rope, "a"_a, "dims"_a, nb::kw_only(), "traditional"_a, "base"_a.none(),
       "scale"_a, "offset"_a, "freqs"_a = nb::none());
@@ -57,6 +60,15 @@ NB_MODULE(_zmlx_cpu, m) {
   m.def(
       "scaled_dot_product_attention", &zmlx::attention, "q"_a, "k"_a, "v"_a, nb::kw_only(),
       "scale"_a, "mask"_a = nb::none(), "sinks"_a = nb::none());
+
+  m.def(
+      "lookup",
+      [](const array& indices, const array& w, const Optional& scales, const Optional& biases,
+         int group_size, int bits, const std::string& mode) {
+        return zmlx::lookup(indices, weight_of(w, scales, biases, group_size, bits, mode));
+      },
+      "indices"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), nb::kw_only(), "group_size"_a,
+      "bits"_a, "mode"_a = "affine");
 
   m.def(
       "quantized_matmul",

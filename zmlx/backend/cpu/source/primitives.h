@@ -4,34 +4,9 @@
 #include <optional>
 #include <string>
 
-#include "mlx/array.h"
+#include "weights.h"
 
 namespace zmlx {
-
-namespace mx = mlx::core;
-
-// How a weight is stored: in a mode of mx.quantize, or as plain floats.
-enum class Mode { affine, mxfp4, nvfp4, mxfp8, dense };
-
-// Raises std::invalid_argument for any other name.
-Mode mode_of(const std::string& name);
-
-struct Format {
-  Mode mode;
-  int group_size; // these two only of quantized weights
-  int bits;
-
-  bool operator==(const Format&) const = default;
-};
-
-// A weight: w (..., N, K * bits / 32) uint32, scales (..., N, K / group_size) and, only in affine
-// mode, biases like them; or dense, w (..., N, K) of floats alone.
-struct WeightArray {
-  mx::array w;
-  std::optional<mx::array> scales;
-  std::optional<mx::array> biases;
-  Format format;
-};
 
 // x (..., K) -> (..., N), as mx.quantized_matmul(transpose=True) or x @ w.T, plus bias (N,).
 mx::array quantized_matmul(

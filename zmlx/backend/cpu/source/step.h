@@ -45,6 +45,9 @@ struct Step {
       const void* x, Float type, const void* weight, Float weight_type, float eps, int64_t width,
       void* out, Float out_type);
 
+  // The largest of x and the sum of exp(x[i] - largest).
+  void (*exponentials)(const void* x, Float type, int64_t count, float* largest, float* sum);
+
   // Rotate pairs of x by angles: (x[i], x[i + half]), or (x[2 i], x[2 i + 1]) if `traditional`.
   // What follows the 2 * half rotated elements is copied.
   void (*rotate)(

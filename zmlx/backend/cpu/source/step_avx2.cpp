@@ -4,7 +4,8 @@
 namespace zmlx {
 
 const Step* step_avx2() {
-  static const Step step = {"avx2", rms_norm, rotate, attend, binary, convert, gate};
+  static const Step step = {"avx2", rms_norm, exponentials, rotate,
+                            attend, binary, convert, gate};
   return &step;
 }
 

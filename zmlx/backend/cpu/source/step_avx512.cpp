@@ -4,7 +4,8 @@
 namespace zmlx {
 
 const Step* step_avx512() {
-  static const Step step = {"avx512", rms_norm, rotate, attend, binary, convert, gate};
+  static const Step step = {"avx512", rms_norm, exponentials, rotate,
+                            attend, binary, convert, gate};
   return &step;
 }
 

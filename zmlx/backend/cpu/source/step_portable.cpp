@@ -4,7 +4,8 @@
 namespace zmlx {
 
 const Step* step_portable() {
-  static const Step step = {"portable", rms_norm, rotate, attend, binary, convert, gate};
+  static const Step step = {"portable", rms_norm, exponentials, rotate,
+                            attend, binary, convert, gate};
   return &step;
 }
 

@@ -123,6 +123,68 @@ class RmsNorm : public Fused {
   float eps_;
 };
 
+// A vocabulary is long: its parts are summed by themselves, whatever the number of threads.
+class LogSumExp : public Fused {
+ public:
+  using Fused::Fused;
+
+  const char* name() const override {
+    return "ZmlxLogSumExp";
+  }
+
+  bool is_equivalent(const mx::Primitive&) const override {
+    return true;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    mx::Shape shape = inputs[0].shape();
+    shape.back() = 1;
+    return {shape};
+  }
+
+  Arrays stock(const Arrays& in) const override {
+    return {mx::logsumexp(in[0], -1, true)};
+  }
+
+  std::optional<mx::array> over_rows(const Arrays& in) const override {
+    return log_sum_exp(in[0]);
+  }
+
+  void run(Operands in, const View& out) const override {
+    const Strided x(*in[0]);
+    const int64_t width = in[0]->extent(-1), parts = (width + kPart - 1) / kPart;
+    std::vector<float> largest(parts), sums(parts);
+    for (int64_t row = 0; row < out.size; ++row) {
+      const char* from = x.row(row);
+      in_ranges(parts, kPart, [&](int64_t first, int64_t last, int) {
+        for (int64_t part = first; part < last; ++part) {
+          const int64_t begin = part * kPart, count = std::min(kPart, width - begin);
+          step().exponentials(
+              from + begin * in[0]->item(), x.type(), count, &largest[part], &sums[part]);
+        }
+      });
+      store_float(out.data, out.type(), row, combined(largest, sums));
+    }
+  }
+
+ private:
+  static constexpr int64_t kPart = 8192;
+
+  // What a part's exponents are relative to.
+  static float shift_of(float largest) {
+    return std::isinf(largest) ? 0.0f : largest;
+  }
+
+  static float combined(const std::vector<float>& largest, const std::vector<float>& sums) {
+    const float shift = shift_of(*std::max_element(largest.begin(), largest.end()));
+    float sum = 0;
+    for (size_t part = 0; part < sums.size(); ++part) {
+      sum += sums[part] == 0 ? 0 : sums[part] * std::exp(shift_of(largest[part]) - shift);
+    }
+    return std::log(sum) + shift;
+  }
+};
+
 // ---------------------------------------------------------------------------------------------
 
 // How a rotary embedding turns with the position: by a base, or by given frequencies.
@@ -362,6 +424,16 @@ mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, f
     type = mx::promote_types(type, weight->dtype());
   }
   return made(x.shape(), type, std::make_shared<RmsNorm>(*stream, eps), std::move(inputs));
+}
+
+mx::array log_sum_exp(const mx::array& x) {
+  const auto stream = cpu_stream();
+  if (!stream || x.ndim() == 0 || x.size() == 0 || !float_of(x.dtype())) {
+    return mx::logsumexp(x, -1, true);
+  }
+  mx::Shape shape = x.shape();
+  shape.back() = 1;
+  return made(std::move(shape), x.dtype(), std::make_shared<LogSumExp>(*stream), {x});
 }
 
 mx::array rope(

@@ -15,6 +15,9 @@ namespace mx = mlx::core;
 // x (..., D), weight (D,) or none -> (..., D).
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps);
 
+// x (..., D) -> (..., 1): log(sum(exp(x))), as mx.logsumexp over the last axis with keepdims.
+mx::array log_sum_exp(const mx::array& x);
+
 // x (B, ..., T, D); offset is a number, or an integer array () or (B,); either base or freqs
 // (dims / 2,).
 mx::array rope(

@@ -290,25 +290,44 @@ void apply_mask(const AttentionRows& a, int64_t r, float* scores) {
   }
 }
 
-void softmax(float* scores, int64_t count) {
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
-  Wide most = Wide{} + lowest;
-  bool nan = false;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+// NaN if there is one.
+template <Float type>
+float largest_of(const void* values, int64_t count) {
+  Wide most = Wide{} + kLowest;
+  WideInt nan = {};
   for (int64_t s = 0; s < count; s += kLanes) {
-    const Wide v = load_some<Float::f32>(scores, s, count - s, lowest);
+    const Wide v = load_some<type>(values, s, count - s, kLowest);
     most = larger(most, v);
-    const WideInt unequal = v != v;
-    for (int i = 0; i < kLanes; ++i) {
-      nan |= unequal[i] != 0;
+    nan |= v != v;
+  }
+  float top = kLowest;
+  for (int i = 0; i < kLanes; ++i) {
+    top = nan[i] != 0 ? std::numeric_limits<float>::quiet_NaN() : std::max(top, most[i]);
+    if (top != top) {
+      break;
     }
   }
-  float top = lowest;
-  for (int i = 0; i < kLanes; ++i) {
-    top = std::max(top, most[i]);
-  }
-  if (nan) {
-    top = std::numeric_limits<float>::quiet_NaN();
-  }
+  return top;
+}
+
+void exponentials(const void* x, Float type, int64_t count, float* largest, float* sum) {
+  with_type(type, [&](auto t) {
+    *largest = largest_of<t.value>(x, count);
+    // Infinities would give NaN where the sum is as infinite as they are.
+    const float shift = std::isinf(*largest) ? 0.0f : *largest;
+    Wide sums[2] = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      sums[i / kLanes % 2] += exponential(load_some<t.value>(x, i, count - i, kLowest) - shift);
+    }
+    *sum = sum_of(sums[0] + sums[1]);
+  });
+}
+
+void softmax(float* scores, int64_t count) {
+  constexpr float lowest = kLowest;
+  const float top = largest_of<Float::f32>(scores, count);
   Wide sums = {};
   for (int64_t s = 0; s < count; s += kLanes) {
     const Wide v = exponential(load_some<Float::f32>(scores, s, count - s, lowest) - top);
