@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "floats.h"
@@ -15,25 +17,87 @@
 namespace zmlx {
 namespace {
 
-typedef float Lanes __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef int32_t Signed __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(8)));
 typedef int8_t SignedBytes __attribute__((vector_size(8)));
 
-constexpr int kBatchRows = 4; // rows of activations multiplied in one pass over the weights
+#if defined(__ARM_NEON) && !defined(__clang__)
+// GCC keeps a vector of two registers in memory, a structure of two in registers.
+struct Lanes {
+  float32x4_t low = {}, high = {};
+
+  Lanes() = default;
+  Lanes(float32x4_t first, float32x4_t second) : low(first), high(second) {}
+
+  float operator[](int i) const {
+    return i < 4 ? low[i] : high[i - 4];
+  }
+  Lanes operator+(const Lanes& other) const {
+    return {low + other.low, high + other.high};
+  }
+  Lanes operator*(const Lanes& other) const {
+    return {low * other.low, high * other.high};
+  }
+  Lanes operator*(float factor) const {
+    return {low * factor, high * factor};
+  }
+  Lanes& operator+=(const Lanes& other) {
+    return *this = *this + other;
+  }
+};
+
+inline Lanes load_lanes(const float* from) {
+  return {vld1q_f32(from), vld1q_f32(from + 4)};
+}
+#else
+typedef float Lanes __attribute__((vector_size(32)));
 
 inline Lanes load_lanes(const float* from) {
   Lanes value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
+#endif
+
+constexpr int kBatchRows = 4; // rows of activations multiplied in one pass over the weights
 
 inline float sum_lanes(Lanes v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Eight shifted values of `Bits` bits as float32. `whole` allows reading eight bytes at `from`.
+// Eight shifted values of `Bits` bits as float32, four in each word.
+#if defined(__ARM_NEON)
+inline Lanes to_lanes(int32x4_t low, int32x4_t high) {
+  const float32x4_t parts[2] = {vcvtq_f32_s32(low), vcvtq_f32_s32(high)};
+  Lanes value;
+  std::memcpy(&value, parts, sizeof value);
+  return value;
+}
+
+template <int Bits>
+inline Lanes spread(uint32_t low, uint32_t high) {
+  const int32x4_t right = {0, -Bits, -2 * Bits, -3 * Bits};
+  const uint32x4_t mask = vdupq_n_u32((1u << Bits) - 1);
+  const int32x4_t half = vdupq_n_s32(1 << (Bits - 1));
+  const auto shifted = [&](uint32_t word) {
+    const uint32x4_t fields = vandq_u32(vshlq_u32(vdupq_n_u32(word), right), mask);
+    return vsubq_s32(vreinterpretq_s32_u32(fields), half);
+  };
+  return to_lanes(shifted(low), shifted(high));
+}
+#else
+template <int Bits>
+inline Lanes spread(uint32_t low, uint32_t high) {
+  constexpr uint32_t mask = (1u << Bits) - 1;
+  Words words = {low, low, low, low, high, high, high, high};
+  const Words shift = {0, Bits, 2 * Bits, 3 * Bits, 0, Bits, 2 * Bits, 3 * Bits};
+  words = (words >> shift) & mask;
+  return __builtin_convertvector(Signed(words) - (1 << (Bits - 1)), Lanes);
+}
+#endif
+
+// The same of packed bytes. `whole` allows reading eight bytes at `from`.
 template <int Bits>
 inline Lanes unpack(const uint8_t* from, bool whole) {
   uint64_t packed = 0;
@@ -42,13 +106,7 @@ inline Lanes unpack(const uint8_t* from, bool whole) {
   } else {
     std::memcpy(&packed, from, Bits);
   }
-  const uint32_t low = uint32_t(packed);
-  const uint32_t high = uint32_t(packed >> (4 * Bits));
-  constexpr uint32_t mask = (1u << Bits) - 1;
-  Words words = {low, low, low, low, high, high, high, high};
-  const Words shift = {0, Bits, 2 * Bits, 3 * Bits, 0, Bits, 2 * Bits, 3 * Bits};
-  words = (words >> shift) & mask;
-  return __builtin_convertvector(Signed(words) - (1 << (Bits - 1)), Lanes);
+  return spread<Bits>(uint32_t(packed), uint32_t(packed >> (4 * Bits)));
 }
 
 #if defined(__AVX2__)
@@ -70,6 +128,25 @@ inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
   const __m128i shifted = _mm_xor_si128(packed, _mm_set1_epi8(-128));
   values[0] = widen(shifted);
   values[1] = widen(_mm_unpackhi_epi64(shifted, shifted));
+}
+#elif defined(__ARM_NEON)
+inline Lanes widen(int8x8_t signed_bytes) {
+  const int16x8_t halves = vmovl_s8(signed_bytes);
+  return to_lanes(vmovl_s16(vget_low_s16(halves)), vmovl_high_s16(halves));
+}
+
+inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
+  const uint8x8_t packed = vld1_u8(from);
+  const int8x8_t low = vreinterpret_s8_u8(vand_u8(packed, vdup_n_u8(15)));
+  const int8x8_t high = vreinterpret_s8_u8(vshr_n_u8(packed, 4));
+  values[0] = widen(vsub_s8(low, vdup_n_s8(8)));
+  values[1] = widen(vsub_s8(high, vdup_n_s8(8)));
+}
+
+inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
+  const int8x16_t shifted = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(from), vdupq_n_u8(128)));
+  values[0] = widen(vget_low_s8(shifted));
+  values[1] = widen(vget_high_s8(shifted));
 }
 #else
 inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
@@ -128,6 +205,7 @@ void multiply_rows(
         Lanes values[2];
         unpack_16<Bits>(q, end - q, values);
         q += 2 * Bits;
+#pragma GCC unroll 4 // GCC keeps sums in registers only where it knows which ones
         for (int m = 0; m < Count; ++m) {
           const float* xs = x + m * batch.inputs + g * weight.group + k;
           dot[m][0] += values[0] * load_lanes(xs);
