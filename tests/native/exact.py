@@ -16,12 +16,13 @@ NEEDS = {
     "avx512_vnni": {"avx512_vnni", "avx512vbmi", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"},
     "avx2": {"avx2", "fma", "f16c"},
+    "neon_dotprod": {"asimddp"},
 }
 
 
 def kernel_sets() -> list[str]:
     """Return the sets of kernels that this processor runs, without asking the library."""
-    if platform.machine() != "x86_64":
+    if platform.system() != "Linux":
         return ["portable"]
     flags = set(Path("/proc/cpuinfo").read_text().split())
     return [*(name for name, needs in NEEDS.items() if needs <= flags), "portable"]

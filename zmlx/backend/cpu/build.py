@@ -50,6 +50,9 @@ _X86_UNITS: dict[str, list[str]] = {
     "step_avx512.cpp": _AVX512,
     "step_avx2.cpp": _AVX2,
 }
+_ARM_UNITS: dict[str, list[str]] = {
+    "kernels_neon_dotprod.cpp": ["-march=armv8.2-a+dotprod"],
+}
 _UNITS: dict[str, list[str]] = {
     "primitives.cpp": [],
     "weights.cpp": [],
@@ -289,9 +292,10 @@ def _run(command: list[str], what: str, environment: dict[str, str] | None = Non
     raise NativeUnavailable(f"{what} failed: {reason} (log: {log})")
 
 
-def _units() -> dict[str, list[str]]:
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return {**(_X86_UNITS if x86 else {}), **_UNITS}
+def _units(machine: str | None = None) -> dict[str, list[str]]:
+    machine = machine or platform.machine()
+    x86, arm = machine in ("x86_64", "AMD64"), machine in ("aarch64", "arm64")
+    return {**(_X86_UNITS if x86 else _ARM_UNITS if arm else {}), **_UNITS}
 
 
 def _hash_of(file: Path) -> str:

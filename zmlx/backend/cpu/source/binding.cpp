@@ -22,7 +22,7 @@ using Optional = std::optional<array>;
 // Names of the kernels that this processor runs, best first.
 static nb::list available_kernels() {
   nb::list names;
-  for (const char* name : {"avx512_vnni", "avx512", "avx2", "portable"}) {
+  for (const char* name : {"avx512_vnni", "avx512", "avx2", "neon_dotprod", "portable"}) {
     if (zmlx::kernels_named(name) != nullptr) {
       names.append(name);
     }

@@ -1,6 +1,11 @@
 // Which kernels this processor runs.
 #include <cstring>
 
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 
 namespace zmlx {
@@ -34,6 +39,12 @@ bool has_avx512_bf16() {
 }
 #endif
 
+#if defined(__aarch64__)
+bool has_dotprod() {
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+#endif
+
 bool always() {
   return true;
 }
@@ -44,6 +55,8 @@ const Choice kChoices[] = {
     {kernels_avx512_vnni, has_avx512_vnni},
     {kernels_avx512, has_avx512},
     {kernels_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {kernels_neon_dotprod, has_dotprod},
 #endif
     {kernels_portable, always},
 };

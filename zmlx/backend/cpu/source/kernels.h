@@ -155,6 +155,7 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_vnni();
+const Kernels* kernels_neon_dotprod();
 
 // For many rows of activations only, with scratch; null where this processor cannot. `scratch_size`
 // is zero for so few rows that others are faster.

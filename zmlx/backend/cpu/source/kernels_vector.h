@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "floats.h"
@@ -15,26 +17,88 @@
 namespace zmlx {
 namespace {
 
-typedef float Lanes __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef int32_t Signed __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(8)));
 typedef int8_t SignedBytes __attribute__((vector_size(8)));
 
-constexpr int kBatchRows = 4; // rows of activations multiplied in one pass over the weights
+#if defined(__ARM_NEON) && !defined(__clang__)
+// GCC keeps a vector of two registers in memory, a structure of two in registers.
+struct Lanes {
+  float32x4_t low = {}, high = {};
+
+  Lanes() = default;
+  Lanes(float32x4_t first, float32x4_t second) : low(first), high(second) {}
+
+  float operator[](int i) const {
+    return i < 4 ? low[i] : high[i - 4];
+  }
+  Lanes operator+(const Lanes& other) const {
+    return {low + other.low, high + other.high};
+  }
+  Lanes operator*(const Lanes& other) const {
+    return {low * other.low, high * other.high};
+  }
+  Lanes operator*(float factor) const {
+    return {low * factor, high * factor};
+  }
+  Lanes& operator+=(const Lanes& other) {
+    return *this = *this + other;
+  }
+};
+
+inline Lanes load_lanes(const float* from) {
+  return {vld1q_f32(from), vld1q_f32(from + 4)};
+}
+#else
+typedef float Lanes __attribute__((vector_size(32)));
 
 inline Lanes load_lanes(const float* from) {
   Lanes value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
+#endif
+
+constexpr int kBatchRows = 4; // rows of activations multiplied in one pass over the weights
 
 inline float sum_lanes(Lanes v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Eight shifted values of `bits` bits as float32. `whole` allows reading eight bytes at `from`.
+// Eight shifted values of `bits` bits as float32, four in each word.
+#if defined(__ARM_NEON)
+inline Lanes to_lanes(int32x4_t low, int32x4_t high) {
+  const float32x4_t parts[2] = {vcvtq_f32_s32(low), vcvtq_f32_s32(high)};
+  Lanes value;
+  std::memcpy(&value, parts, sizeof value);
+  return value;
+}
+
+template <int bits>
+inline Lanes spread(uint32_t low, uint32_t high) {
+  const int32x4_t right = {0, -bits, -2 * bits, -3 * bits};
+  const uint32x4_t mask = vdupq_n_u32((1u << bits) - 1);
+  const int32x4_t half = vdupq_n_s32(1 << (bits - 1));
+  const auto shifted = [&](uint32_t word) {
+    const uint32x4_t fields = vandq_u32(vshlq_u32(vdupq_n_u32(word), right), mask);
+    return vsubq_s32(vreinterpretq_s32_u32(fields), half);
+  };
+  return to_lanes(shifted(low), shifted(high));
+}
+#else
+template <int bits>
+inline Lanes spread(uint32_t low, uint32_t high) {
+  constexpr uint32_t mask = (1u << bits) - 1;
+  Words words = {low, low, low, low, high, high, high, high};
+  const Words shift = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
+  words = (words >> shift) & mask;
+  return __builtin_convertvector(Signed(words) - (1 << (bits - 1)), Lanes);
+}
+#endif
+
+// The same of packed bytes. `whole` allows reading eight bytes at `from`.
 template <int bits>
 inline Lanes unpack(const uint8_t* from, bool whole) {
   uint64_t packed = 0;
@@ -43,13 +107,7 @@ inline Lanes unpack(const uint8_t* from, bool whole) {
   } else {
     std::memcpy(&packed, from, bits);
   }
-  const uint32_t low = uint32_t(packed);
-  const uint32_t high = uint32_t(packed >> (4 * bits));
-  constexpr uint32_t mask = (1u << bits) - 1;
-  Words words = {low, low, low, low, high, high, high, high};
-  const Words shift = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
-  words = (words >> shift) & mask;
-  return __builtin_convertvector(Signed(words) - (1 << (bits - 1)), Lanes);
+  return spread<bits>(uint32_t(packed), uint32_t(packed >> (4 * bits)));
 }
 
 #if defined(__AVX2__)
@@ -76,6 +134,29 @@ inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
   const __m128i shifted = _mm_xor_si128(packed, _mm_set1_epi8(-128));
   values[0] = widen(shifted);
   values[1] = widen(_mm_unpackhi_epi64(shifted, shifted));
+}
+#elif defined(__ARM_NEON)
+inline Lanes widen(int8x8_t signed_bytes) {
+  const int16x8_t halves = vmovl_s8(signed_bytes);
+  return to_lanes(vmovl_s16(vget_low_s16(halves)), vmovl_high_s16(halves));
+}
+
+template <Code code>
+inline void widen_nibbles(const uint8_t* from, Lanes (&values)[2]) {
+  const uint8x8_t packed = vld1_u8(from);
+  const uint8x8_t nibbles[2] = {vand_u8(packed, vdup_n_u8(15)), vshr_n_u8(packed, 4)};
+  const int8x16_t table = vld1q_s8(kTwiceE2m1);
+  for (int half = 0; half < 2; ++half) {
+    values[half] = widen(
+        code == Code::e2m1 ? vqtbl1_s8(table, nibbles[half])
+                           : vsub_s8(vreinterpret_s8_u8(nibbles[half]), vdup_n_s8(8)));
+  }
+}
+
+inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
+  const int8x16_t shifted = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(from), vdupq_n_u8(128)));
+  values[0] = widen(vget_low_s8(shifted));
+  values[1] = widen(vget_high_s8(shifted));
 }
 #else
 template <Code code>
@@ -104,6 +185,36 @@ inline void widen_bytes(const uint8_t* from, Lanes (&values)[2]) {
 #endif
 
 // Eight floats of a type, or small ones 256 times too small (floats.h).
+#if defined(__ARM_NEON)
+inline Lanes both(float32x4_t low, float32x4_t high) {
+  const float32x4_t parts[2] = {low, high};
+  Lanes value;
+  std::memcpy(&value, parts, sizeof value);
+  return value;
+}
+
+template <Code code>
+inline Lanes load_eight(const void* data, int64_t index) {
+  if constexpr (code == Code::f32) {
+    return load_lanes(static_cast<const float*>(data) + index);
+  }
+  uint16x8_t halves;
+  if constexpr (code == Code::e4m3) {
+    const int8x8_t bytes = vld1_s8(static_cast<const int8_t*>(data) + index);
+    const int16x8_t wide = vshlq_n_s16(vmovl_s8(bytes), 7); // the sign comes twice
+    halves = vandq_u16(vreinterpretq_u16_s16(wide), vdupq_n_u16(0xbf80));
+  } else {
+    halves = vld1q_u16(static_cast<const uint16_t*>(data) + index);
+  }
+  if constexpr (code == Code::bf16) {
+    return both(
+        vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16)),
+        vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16)));
+  }
+  const float16x8_t floats = vreinterpretq_f16_u16(halves);
+  return both(vcvt_f32_f16(vget_low_f16(floats)), vcvt_high_f32_f16(floats));
+}
+#else
 template <Code code>
 inline Lanes load_eight(const void* data, int64_t index) {
   if constexpr (code == Code::f32) {
@@ -134,6 +245,7 @@ inline Lanes load_eight(const void* data, int64_t index) {
   return values;
 #endif
 }
+#endif
 
 // Sixteen values, of nibbles the even ones first, which is the order in which `pack` stores
 // activations for them. Integers are shifted; small floats come in units of `unit`. `left` bytes
@@ -179,6 +291,7 @@ void multiply_rows(
         Lanes values[2];
         unpack_16<code>(q, end - q, values);
         q += 2 * bits_of(code);
+#pragma GCC unroll 4 // GCC keeps sums in registers only where it knows which ones
         for (int m = 0; m < Count; ++m) {
           const float* xs = x + m * padded(weight) + g * weight.group + k;
           dot[m][0] += values[0] * load_lanes(xs);
