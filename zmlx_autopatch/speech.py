@@ -17,16 +17,17 @@ def level() -> str:
         return "line"
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Write a line to stderr unless ZMLX_LOG is off; never to stdout, and never fail.
 
-    With its descriptor closed stderr is None, and `print(file=None)` would write to stdout.
+    With an empty `end` it is a part of a line. With its descriptor closed stderr is None, and
+    `print(file=None)` would write to stdout.
     """
     stream = sys.stderr
     if stream is None or level() == "off":
         return
     try:
-        stream.write(text + "\n")
+        stream.write(text + end)
         stream.flush()
     except (OSError, ValueError):  # the reader went away, or the stream was closed
         return

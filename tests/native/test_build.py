@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -269,10 +271,79 @@ def test_a_library_in_the_package_comes_first(fresh, copier, monkeypatch, tmp_pa
     assert Path(module.__file__) == Path(result.stdout.strip())
     assert Path(module.__file__).parent == native.BUNDLED
     assert lines == []
-    # Not so with another version of mlx.
+
+
+def ship(real: Path, **changed: str) -> Path:
+    """Put a library into the package whose manifest says something else; return the library."""
+    native.BUNDLED.mkdir()
+    shutil.copy(real, native.BUNDLED)
+    facts = json.loads((real.parent / build.MANIFEST).read_text())
+    (native.BUNDLED / build.MANIFEST).write_text(json.dumps({**facts, **changed}))
+    return native.BUNDLED / real.name
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"mlx": "0.1"}, f"was built for mlx 0.1, and mlx {build.mlx_version()} is installed"),
+        ({"interface": "nanobind_other_v1"}, "was built for another build of mlx"),
+        ({"sources": "0"}, "was built from other sources"),
+        ({"sha256": "0"}, "is damaged"),
+        ({"unknown": "0"}, "is not whole"),
+    ],
+)
+def test_a_library_in_the_package_that_does_not_fit(fresh, copier, real, changed, reason):
+    ship(real, **changed)
+    found = native.find()
+    assert found.library.parent != native.BUNDLED
+    assert found.bundled.startswith(f"the one in the package {reason}")
+    info = json.loads(CliRunner().invoke(command, ["info", "--json"]).stdout)
+    assert info["bundled"] == found.bundled
+    lines, announce = announced()
+    assert native.load(announce=announce).kernels()
+    assert lines[0] == f"zmlx: native CPU kernels: {found.bundled}"
+    assert lines[1].startswith("zmlx: compiling the CPU kernels, once")
+
+
+def test_without_a_compiler_both_reasons_are_told(fresh, real, monkeypatch, tmp_path):
+    library = ship(real)
+    other = library.rename(library.with_name(f"{build.MODULE}.cpython-399-vax.so")).name
+    monkeypatch.delenv("ZMLX_CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reason = rf"in the package is for another Python or processor \({other}; .*; no C\+\+ compiler"
+    with pytest.raises(native.NativeUnavailable, match=reason):
+        native.load()
+
+
+def test_a_library_in_the_package_that_does_not_load(fresh, copier, real):
+    library = ship(real)
+    library.write_bytes(b"garbage")
     manifest = native.BUNDLED / build.MANIFEST
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "mlx": "0.1"}))
-    assert native.find().library.parent != native.BUNDLED
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**facts, "sha256": build._hash_of(library)}))
+    lines, announce = announced()
+    assert native.load(announce=announce).kernels()
+    assert f"{library} does not load: " in lines[0]
+    assert library.read_bytes() == b"garbage"
+
+
+def test_a_terminal_counts_the_steps(fresh, copier):
+    master, slave = pty.openpty()
+    child = [sys.executable, "-c", CHILD]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(child, env=environment, stdout=subprocess.PIPE, stderr=slave, text=True)
+    os.close(slave)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), shown
+    steps = len(list(build.SOURCE.glob("*.cpp"))) + 3  # with nanobind, the link and the self-test
+    line, _, counted = shown.partition("\r\n")
+    assert line.startswith("zmlx: compiling the CPU kernels, once")
+    assert counted.split("\r\x1b[K") == [
+        "",
+        *(f"zmlx: compiling the CPU kernels {done}/{steps}" for done in range(1, steps + 1)),
+        "",
+    ]
 
 
 def start(environment: dict[str, str] | None = None) -> subprocess.Popen[str]:

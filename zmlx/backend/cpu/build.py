@@ -20,8 +20,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,6 +36,11 @@ SOURCE = Path(__file__).parent / "source"
 MANIFEST = "library.json"
 #: Longest time for one step, in seconds; a compiler or a self-test that hangs is given up.
 TIME_LIMIT = 600
+#: What a build takes, in seconds of one processor, and at least, on however many.
+PROCESSOR_SECONDS = 48
+SHORTEST_SECONDS = 10
+#: Is told after each step of a build: how many are done, and of how many.
+Progress = Callable[[int, int], None]
 
 _COMMON = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-w"]
 #: of units with loops whose lengths are known only to templates; the others gain nothing
@@ -75,10 +81,11 @@ _ABI_TAG = re.compile(rb"nanobind_[a-z]+_[a-z0-9_]*_v[0-9]+")
 
 
 class NativeUnavailable(RuntimeError):
-    """The native library cannot be had here; the text says why and what to do."""
+    """The native library cannot be had here; `reason` says why and what to do."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"native CPU kernels: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,14 @@ class Manifest:
         mlx: version of mlx whose headers it was compiled against.
         interface: tag of nanobind's binary interface.
         compiler: first line of what the compiler says of itself.
+        sources: hash of the sources.
         sha256: hash of the library's bytes.
     """
 
     mlx: str
     interface: str
     compiler: str
+    sources: str
     sha256: str
 
     @classmethod
@@ -162,19 +171,33 @@ def fingerprint() -> str:
         platform.machine(),
         file_name(),
         repr((_COMMON, _units())),
+        repr([field.name for field in fields(Manifest)]),
+        sources(),
     ):
         digest.update(part.encode() + b"\0")
-    for file in sorted(SOURCE.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build(folder: Path, compiler: str) -> Path:
+def sources() -> str:
+    """Return a hash of the sources' names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(SOURCE.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def duration() -> int:
+    """Return about how many seconds a build takes here."""
+    return max(SHORTEST_SECONDS, PROCESSOR_SECONDS // len(usable_cpus()))
+
+
+def build(folder: Path, compiler: str, progress: Progress = lambda done, steps: None) -> Path:
     """Compile and check a library in a folder; return its file.
 
     Args:
         folder: an existing folder; it also gets the objects, for a while, and the manifest.
         compiler: command of the compiler.
+        progress: is called after each step, by the calling thread.
 
     Raises:
         NativeUnavailable: a step failed; the reason holds the first error and where the log is.
@@ -185,6 +208,7 @@ def build(folder: Path, compiler: str) -> Path:
     binding = _nanobind_folder() / "src" / "nb_combined.cpp"
     jobs.insert(0, (binding, ["-O1", "-fno-strict-aliasing"]))
     command = shlex.split(compiler)
+    steps = len(jobs) + 2
 
     def compile_unit(job: tuple[Path, list[str]]) -> str:
         source, flags = job
@@ -195,20 +219,30 @@ def build(folder: Path, compiler: str) -> Path:
 
     executor = ThreadPoolExecutor(len(usable_cpus()))
     try:
-        objects = list(executor.map(compile_unit, jobs))
+        units = [executor.submit(compile_unit, job) for job in jobs]
+        for done, unit in enumerate(as_completed(units), 1):
+            unit.result()
+            progress(done, steps)
     finally:
         executor.shutdown(cancel_futures=True)
+    objects = [unit.result() for unit in units]
     mlx = _mlx_folder() / "lib"
     # No run path: mlx.core has loaded libmlx before us, wherever it lies.
     link = ["-shared", "-pthread", *objects, f"-L{mlx}", "-lmlx", "-s", "-o", str(library)]
     _run([*command, *link], "linking")
-    for unit in objects:
-        Path(unit).unlink()
+    progress(steps - 1, steps)
+    for file in objects:
+        Path(file).unlink()
     check(library)
     manifest = Manifest(
-        mlx_version(), abi_tag(library), compiler_version(compiler), _hash_of(library)
+        mlx=mlx_version(),
+        interface=abi_tag(library),
+        compiler=compiler_version(compiler),
+        sources=sources(),
+        sha256=_hash_of(library),
     )
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    progress(steps, steps)
     return library
 
 
@@ -235,13 +269,24 @@ def check(library: Path) -> None:
 
 def fits(library: Path) -> bool:
     """Return whether a library is whole, and was built for the installed mlx."""
+    return misfit(library) == ""
+
+
+def misfit(library: Path) -> str:
+    """Return why a library cannot be used, as the end of a sentence; empty when it can."""
     manifest = Manifest.read(library.parent)
-    return (
-        manifest is not None
-        and library.is_file()
-        and manifest.mlx == mlx_version()
-        and manifest.sha256 == _hash_of(library)
-    )
+    others = sorted(path.name for path in library.parent.glob(f"{MODULE}*"))
+    if not library.is_file() and others:
+        return f"is for another Python or processor ({others[0]}; this one takes {library.name})"
+    if manifest is None or not library.is_file():
+        return "is not whole"
+    if manifest.mlx != mlx_version():
+        return f"was built for mlx {manifest.mlx}, and mlx {mlx_version()} is installed"
+    if manifest.interface != abi_tag(mlx_extension()):
+        return "was built for another build of mlx (its binary interface of nanobind is another)"
+    if manifest.sources != sources():
+        return "was built from other sources"
+    return "" if manifest.sha256 == _hash_of(library) else "is damaged"
 
 
 def abi_tag(library: Path) -> str:

@@ -32,7 +32,8 @@ def build(into: Path | None) -> None:
             path = str(library.load().__file__)
         else:
             into.mkdir(parents=True, exist_ok=True)
-            path = str(building.build(into, building.find_compiler()))
+            with library.counting() as progress:
+                path = str(building.build(into, building.find_compiler(), progress))
     except (library.NativeUnavailable, OSError) as refusal:
         raise click.ClickException(str(refusal)) from refusal
     click.echo(path)
@@ -62,14 +63,16 @@ def describe() -> dict[str, object]:
     """Return what is known of the library, without building it.
 
     The keys are `cache`; `library`, `built`, `compiler` and `version` unless this machine can have
-    no library; those of the library's own `info()` when it is built; and `unavailable`, the reason,
-    when something is missing.
+    no library; `bundled`, why a library in the package is not used; those of the library's own
+    `info()` when it is built; and `unavailable`, the reason, when something is missing.
     """
     facts: dict[str, object] = {"cache": str(library.cache_folder())}
     try:
         found = library.find()
         facts |= {"library": str(found.library), "built": found.present}
         facts |= {"compiler": found.compiler, "version": found.version}
+        if found.bundled:
+            facts["bundled"] = found.bundled
         if found.present:
             facts |= library.load().info()
     except library.NativeUnavailable as refusal:

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -21,18 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-import click
-
 from zmlx.backend.cpu import build as building
 from zmlx.backend.cpu.build import NativeUnavailable
 from zmlx.backend.cpu.threads import default_threads
-from zmlx_autopatch import variables
+from zmlx_autopatch import speech, variables
 
 __all__ = [
     "Found",
     "NativeUnavailable",
     "cache_folder",
     "clear",
+    "counting",
     "find",
     "forget",
     "load",
@@ -54,12 +54,14 @@ class Found:
         present: whether it is there, whole and for the installed mlx.
         compiler: command of the compiler; empty when there is none.
         version: what the compiler says of itself.
+        bundled: why the library in the package is not the one; empty when there is none.
     """
 
     library: Path
     present: bool
     compiler: str = ""
     version: str = ""
+    bundled: str = ""
 
 
 @dataclass
@@ -78,7 +80,7 @@ def load(*, announce: Callable[[str], None] | None = None) -> ModuleType:
     """Return the library, built first if need be.
 
     Args:
-        announce: gets one line before a build starts; default prints it to stderr.
+        announce: gets the lines that a build is worth; default prints them to stderr.
 
     Raises:
         NativeUnavailable: with the reason; asking again costs nothing and gives the same.
@@ -87,7 +89,7 @@ def load(*, announce: Callable[[str], None] | None = None) -> ModuleType:
         if _LOADED.module is None and _LOADED.refusal is None:
             try:
                 threads = default_threads()
-                _LOADED.module = _load(announce or _print)
+                _LOADED.module = _load(announce or speech.say)
                 _LOADED.module.set_num_threads(threads)
             except NativeUnavailable as refusal:
                 _LOADED.refusal = refusal
@@ -105,22 +107,34 @@ def find() -> Found:
     Raises:
         NativeUnavailable: there is none and no compiler, or this platform has none.
     """
-    bundled = BUNDLED / building.file_name()
-    if building.fits(bundled):
-        return Found(bundled, True)
+    library = BUNDLED / building.file_name()
+    if not BUNDLED.is_dir():
+        return _find_in_cache("")
+    misfit = building.misfit(library)
+    return _find_in_cache(f"the one in the package {misfit}") if misfit else Found(library, True)
+
+
+def _find_in_cache(bundled: str) -> Found:
+    """Look in the cache; `bundled` says why the library in the package is not used, if it is there.
+
+    Raises:
+        NativeUnavailable: as `find`.
+    """
     key = building.fingerprint()
     try:
         compiler = building.find_compiler()
-    except NativeUnavailable:
+    except NativeUnavailable as refusal:
         # One that was built when there still was a compiler serves as well.
         for library in sorted(cache_folder().glob(f"{key}-*/{building.file_name()}")):
             if building.fits(library):
-                return Found(library, True)
+                return Found(library, True, bundled=bundled)
+        if bundled:
+            raise NativeUnavailable(f"{bundled}; {refusal.reason}") from None
         raise
     version = building.compiler_version(compiler)
     suffix = hashlib.sha256(f"{compiler}\0{version}".encode()).hexdigest()[:8]
     library = cache_folder() / f"{key}-{suffix}" / building.file_name()
-    return Found(library, building.fits(library), compiler, version)
+    return Found(library, building.fits(library), compiler, version, bundled)
 
 
 def cache_folder() -> Path:
@@ -146,22 +160,27 @@ def clear() -> int:
 
 def _load(announce: Callable[[str], None]) -> ModuleType:
     found = find()
-    if not found.present:
-        return _build_and_load(found, announce)
-    try:
-        module = open_library(found.library)
-    except NativeUnavailable:
-        if not found.compiler:
-            raise
-        # It was whole, yet does not load: built for another system library, perhaps.
-        shutil.rmtree(found.library.parent, ignore_errors=True)
-        return _build_and_load(found, announce)
-    return module
+    if found.present and found.library.parent == BUNDLED:
+        try:
+            return open_library(found.library)
+        except NativeUnavailable as refusal:
+            found = _find_in_cache(refusal.reason)
+    if found.present:
+        try:
+            return open_library(found.library)
+        except NativeUnavailable:
+            if not found.compiler:
+                raise
+            # It was whole, yet does not load: built for another system library, perhaps.
+            shutil.rmtree(found.library.parent, ignore_errors=True)
+    return _build_and_load(found, announce)
 
 
 def _build_and_load(found: Found, announce: Callable[[str], None]) -> ModuleType:
+    if found.bundled:
+        announce(f"zmlx: native CPU kernels: {found.bundled}")
     try:
-        lock = _lock(found)
+        lock = _lock(found, announce)
     except OSError as error:
         return _load_for_this_run(found, announce, error)
     with lock:
@@ -176,8 +195,8 @@ def _load_for_this_run(found: Found, announce: Callable[[str], None], error: OSE
         f"zmlx: cannot write to {cache_folder()} ({error.strerror}): compiling the CPU kernels for "
         "this run only; ZMLX_CACHE_DIR names a folder that keeps them"
     )
-    with tempfile.TemporaryDirectory(prefix="zmlx-native-") as folder:
-        return open_library(building.build(Path(folder), found.compiler))
+    with tempfile.TemporaryDirectory(prefix="zmlx-native-") as folder, counting() as progress:
+        return open_library(building.build(Path(folder), found.compiler, progress))
 
 
 def _build_in_place(found: Found, announce: Callable[[str], None]) -> None:
@@ -189,21 +208,25 @@ def _build_in_place(found: Found, announce: Callable[[str], None]) -> None:
     # What is left of a build that was killed, or of a library that was damaged.
     for leftover in [*final.parent.glob(f"{final.name}.*.part"), final]:
         shutil.rmtree(leftover, ignore_errors=True)
-    announce(f"zmlx: compiling the CPU kernels, once (about 20 s), with {found.version}")
+    announce(
+        f"zmlx: compiling the CPU kernels, once (about {building.duration()} s), "
+        f"with {found.version}"
+    )
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".part", dir=final.parent))
     try:
-        building.build(folder, found.compiler)
+        with counting() as progress:
+            building.build(folder, found.compiler, progress)
         os.replace(folder, final)
     except NativeUnavailable as refusal:
         if time.monotonic() - started > _WORTH_REMEMBERING:
-            note.write_text(str(refusal).partition(": ")[2] + "\n")
+            note.write_text(refusal.reason + "\n")
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(found: Found) -> contextlib.AbstractContextManager[None]:
+def _lock(found: Found, announce: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
     """Open a lock that the system drops when this process ends, however it ends.
 
     Raises:
@@ -216,7 +239,11 @@ def _lock(found: Found) -> contextlib.AbstractContextManager[None]:
     @contextlib.contextmanager
     def held() -> Iterator[None]:
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                announce("zmlx: waiting for another process, which compiles the CPU kernels")
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     return held()
@@ -239,5 +266,16 @@ def open_library(library: Path) -> ModuleType:
     return module
 
 
-def _print(line: str) -> None:
-    click.echo(line, err=True)
+@contextlib.contextmanager
+def counting() -> Iterator[building.Progress]:
+    """Give what shows how far a build is: in a line of a terminal, which goes when it is over."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if terminal:
+            speech.say(f"\r\033[K{text}", end="")
+
+    try:
+        yield lambda done, steps: show(f"zmlx: compiling the CPU kernels {done}/{steps}")
+    finally:
+        show("")
