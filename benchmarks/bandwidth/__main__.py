@@ -113,10 +113,10 @@ def main(
 
         return measured(chosen.name, repeats, counts, rate)
 
-    chosen = [each for each in formats() if not words or any(word in each.name for word in words)]
+    wanted = [each for each in formats() if not words or any(word in each.name for word in words)]
     with Console(stderr=True).status(MACHINE) as status:
         made = measured(MACHINE, 2 * repeats, counts, machine)
-        for each in chosen:
+        for each in wanted:
             status.update(each.name)
             try:
                 made += format_runs(each)
