@@ -5,8 +5,9 @@
 One row of activations with a matrix of each format: the products of decode, whose time is that of
 reading the weights. One run is one pass over many copies of a weight, which together exceed the
 caches, as a model's weights do. GB/s counts values, scales and biases. The machine's own bandwidth
-is the fastest of many plain sums over an array, with as many threads. Writes every run to
-benchmarks/capsules/bandwidth-cpu.json.
+is the fastest of many plain sums over an array, with as many threads. On a quiet machine all
+threads have their processors all of the time; a table where they did not is worth little. Writes
+every run to benchmarks/capsules/bandwidth-cpu.json.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CAPSULES = Path(__file__).parents[1] / "capsules"
 QUANTITIES: Quantities = {
     "read": ("GB/s", True),
     "of_the_machine": ("%", True),
+    "processor": ("% of the time", True),
 }
 MACHINE = "the machine, a plain sum"
 
@@ -51,13 +53,16 @@ def measured(
     name: str, repeats: int, threads: tuple[int, ...], rate: Callable[[int], float]
 ) -> list[Run]:
     """Return runs of a rate for every number of threads in turn, after one that is not counted."""
-    for count in threads:
-        rate(count)
-    return [
-        Run(name, threads_of(count), number, {"read": rate(count)})
-        for number in range(repeats)
-        for count in threads
-    ]
+    made = []
+    for number in range(-1, repeats):
+        for count in threads:
+            began, used = time.perf_counter(), time.process_time()
+            values = {"read": rate(count)}
+            given = (time.process_time() - used) / (time.perf_counter() - began) / count
+            values["processor"] = 100 * given
+            if number >= 0:
+                made.append(Run(name, threads_of(count), number, values))
+    return made
 
 
 def against_machine(runs: list[Run]) -> list[Run]:
