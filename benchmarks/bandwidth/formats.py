@@ -1,21 +1,15 @@
-"""The formats of weights, and a product of one row of activations with each."""
+"""The formats of weights that the kernels read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import mlx.core as mx
 
-#: Arrays of one weight: values, or packed values with their scales (and biases).
+#: Packed values and scales (and biases), or plain values.
 Weight = tuple[mx.array, ...]
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-
-
-class Unavailable(RuntimeError):
-    """The library has no product for a format; the text says what it answered."""
 
 
 @dataclass(frozen=True)
@@ -24,55 +18,38 @@ class Format:
 
     Attributes:
         name: as tables show it.
-        dtype: of the activations, and of the weights or scales where these are floating.
-        options: what `mx.quantize` takes; empty for weights that are not quantized.
+        dtype: of the activations, and of the weights or scales where these are floats.
+        mode: one of `mx.quantize`, or "dense".
+        group_size, bits: of quantized weights; 0 for others.
     """
 
     name: str
     dtype: mx.Dtype
-    options: dict[str, Any]
+    mode: str
+    group_size: int = 0
+    bits: int = 0
+
+    def options(self) -> dict[str, object]:
+        """Return the format as `mx.quantize` and the kernels take it."""
+        return {"mode": self.mode, "group_size": self.group_size, "bits": self.bits}
 
     def weight(self, dense: mx.array) -> Weight:
         """Return a matrix (N, K) in this format."""
         made = dense.astype(self.dtype)
-        weight = tuple(mx.quantize(made, **self.options)) if self.options else (made,)
+        weight = (made,) if self.mode == "dense" else tuple(mx.quantize(made, **self.options()))
         mx.eval(weight)
         return weight
 
-    def product(self, library: ModuleType) -> Callable[[mx.array, Weight], mx.array]:
-        """Return x, weight -> x @ weight.T of the library.
-
-        Raises:
-            Unavailable: the library has none.
-        """
-
-        def dense(x: mx.array, weight: Weight) -> mx.array:
-            return library.matmul(x, *weight)
-
-        def quantized(x: mx.array, weight: Weight) -> mx.array:
-            biases = weight[2:] or (None,)
-            return library.quantized_matmul(x, *weight[:2], *biases, **self.options)
-
-        found = quantized if self.options else dense
-        trial = mx.zeros((64, 128), self.dtype)
-        try:
-            mx.eval(found(trial[:1], self.weight(trial)))
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            raise Unavailable(f"{self.name}: {reason}") from error
-        return found
-
 
 def formats() -> Iterator[Format]:
-    """Yield what MLX can store: affine widths and groups, the block floats, and dense."""
+    """Yield affine widths and groups, the small floats, and weights that are not quantized."""
     for bits in (2, 3, 4, 5, 6, 8):
         for group in (32, 64, 128):
-            options = {"group_size": group, "bits": bits}
-            yield Format(f"{bits} bits, group {group}", mx.bfloat16, options)
+            yield Format(f"{bits} bits, group {group}", mx.bfloat16, "affine", group, bits)
     for mode, group, bits in (("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)):
-        yield Format(mode, mx.bfloat16, {"group_size": group, "bits": bits, "mode": mode})
+        yield Format(mode, mx.bfloat16, mode, group, bits)
     for name, dtype in DTYPES.items():
-        yield Format(f"dense {name}", dtype, {})
+        yield Format(f"dense {name}", dtype, "dense")
 
 
 def copies(weight: Weight, size: int) -> list[Weight]:
