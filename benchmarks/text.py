@@ -5,6 +5,7 @@
 For each checkpoint and prompt, zmlx writes 512 tokens, always the likeliest one. Stock mlx-lm, with
 the same weights and its scales in float32, then reads the whole in one pass and says at each
 position what it would have chosen (`zmlx.bench.text` says why that is as good as letting it write).
+A small model soon repeats itself, so both also choose along 512 tokens of given prose.
 Every difference is explained by its numbers. Stock reads eight tokens a second, so that all takes
 half an hour. Writes tokens and differences to benchmarks/capsules/text-cpu.json.
 """
@@ -31,6 +32,9 @@ from zmlx.demo.smollm import DemoUnavailable
 from zmlx.patch import patch, unpatch
 
 PROMPTS = Path(__file__).parent / "prompts"
+PROSE = Path(__file__).parent / "prose"
+#: Tokens of prose that come before the first choice.
+BEGINNING = 16
 CAPSULES = Path(__file__).parent / "capsules"
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTITIES: Quantities = {
@@ -103,7 +107,8 @@ def main(
     plans = {}
     console = Console(stderr=True)
     home = folder or Path(tempfile.gettempdir()) / "zmlx-text-benchmark"
-    files = [file for file in sorted(PROMPTS.glob("*.txt")) if not names or file.stem in names]
+    files = [*sorted(PROMPTS.glob("*.txt")), *sorted(PROSE.glob("*.txt"))]
+    files = [file for file in files if not names or file.stem in names]
     for subject, shape, dtype in ((f"{s} {d}", s, d) for s in shapes for d in dtypes):
         with console.status(subject) as status:
             try:
@@ -121,8 +126,10 @@ def main(
                     seen[0] += count
                     status.update(f"{subject}, {name}: {seen[0]} tokens written or read")  # noqa: B023
 
-                prompt = tokenizer.encode(file.read_text().strip())
-                reading = read(model, wide, prompt, tokens, on_token=progress)
+                prompt, given = tokenizer.encode(file.read_text().strip()), None
+                if file.parent == PROSE:
+                    prompt, given = prompt[:BEGINNING], prompt[BEGINNING:]
+                reading = read(model, wide, prompt, tokens, given=given, on_token=progress)
                 made.append(run_of(subject, file.stem, reading))
                 lines = [line_of(entry, tokenizer) for entry in reading.differences]
                 notes += [f"{subject}, {file.stem}, {line}" for line in lines]

@@ -40,6 +40,14 @@ def test_stock_reads_what_it_would_write(folder, monkeypatch, piece):
     assert sum(seen) == 2 * (len(PROMPT) + 8)
 
 
+def test_both_choose_along_a_given_text(folder):
+    model, wide = loaded(folder, mx.float32), widen(loaded(folder, mx.float32))
+    given = [10, 20, 30, 40, 50, 60]
+    reading = read(model, wide, PROMPT, 5, given=given)
+    alone = [generate(wide, [*PROMPT, *given[:n]], 2).tokens[0] for n in range(5)]
+    assert list(reading.tokens) == list(reading.stock) == alone
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_differences_are_told_in_numbers(folder, dtype):
     model, wide = loaded(folder, dtype), widen(loaded(folder, mx.bfloat16))

@@ -3,7 +3,8 @@
 The patched model writes a greedy continuation in its own dtype. Stock mlx-lm, with the same weights
 in float32 (scales, biases and norms cast, which is exact), then reads prompt and continuation once
 and says at every position which token it would have chosen. Up to the first difference this is what
-stock would have written itself; after it, what stock would write next.
+stock would have written itself; after it, what stock would write next. Small models soon repeat
+themselves, so both can also be led through a given text, where they choose but are not followed.
 
 Where they differ, numbers say whether it is a tie: the distance between the two tokens in stock's
 float32 logits, and how far a step of either model in the 16-bit dtype is from float32.
@@ -56,11 +57,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reading:
-    """A continuation and what stock in float32 makes of it.
+    """What the patched model chose at every position, and what stock in float32 did.
 
     Attributes:
-        tokens: what the patched model wrote.
-        stock: stock's choice after the prompt and all written tokens before.
+        tokens: the patched model's choices: what it wrote, unless a text was given.
+        stock: stock's choices after the same tokens.
         differences: where the two differ.
         errors: at every position, root mean square of the patched logits' distance from stock's.
     """
@@ -77,6 +78,7 @@ def read(
     prompt: Sequence[int],
     count: int,
     *,
+    given: Sequence[int] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Reading:
     """Write a continuation with the patched model and read it with stock in float32.
@@ -86,15 +88,19 @@ def read(
         wide: the same checkpoint loaded once more and widened by `widen`.
         prompt: token ids, at least two.
         count: tokens to write, at least two.
+        given: a text that follows the prompt instead of what the model writes; `count` or more.
         on_token: called with the number of tokens that went through either model.
 
     Returns:
         The reading.
     """
     try:
-        written = generate(patch(model), prompt, count, keep_logits=True, on_token=on_token)
+        written = generate(
+            patch(model), prompt, count, forced=given, keep_logits=True, on_token=on_token
+        )
         assert written.logits is not None
-        context = [*prompt, *written.tokens[:-1]]
+        followed = written.tokens if given is None else given
+        context = [*prompt, *followed[: count - 1]]
         truth, cache = _stock_logits(unpatch(wide), context, count, on_token)
         choices = _tokens(mx.argmax(truth, axis=-1))
         errors = mx.sqrt(mx.mean(mx.square(written.logits - truth), axis=-1))
