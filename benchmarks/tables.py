@@ -32,17 +32,23 @@ def digits(value: float | None) -> str:
 
 
 def bandwidth(capsule: Capsule) -> Iterator[str]:
-    """One row for each format, one column for each number of threads."""
+    """One row for each format, one column for each number of threads; the machine's best first."""
     variants = capsule.variants()
-    yield from head("weights", *(f"{name}, GB/s" for name in variants), "of the machine's")
-    for subject in capsule.subjects():
-        middle = [capsule.median(subject, name, "read") for name in variants]
-        share = capsule.median(subject, variants[-1], "of_the_machine")
-        yield rows(subject, *map(digits, middle), f"{share:.0f} %")
-    given = statistics.median(run.values["processor"] for run in capsule.runs)
-    if given < 90:
-        yield ""
-        yield f"**The machine was busy**: threads had a processor for {given:.0f} % of the time."
+    machine, *subjects = capsule.subjects()
+    yield from head("weights, GB/s", *variants)
+    best = [max(capsule.values(machine, name, "read")) for name in variants]
+    yield rows(machine, *map(digits, best))
+    for subject in subjects:
+        cells = []
+        for name in variants:
+            share = capsule.median(subject, name, "of_the_machine")
+            cells.append(f"{digits(capsule.median(subject, name, 'read'))} ({share:.0f} %)")
+        yield rows(subject, *cells)
+    given = [
+        statistics.median(run.values["processor"] for run in capsule.runs if run.variant == name)
+        for name in variants
+    ]
+    yield from warning(min(given))
 
 
 def sharing(capsule: Capsule) -> Iterator[str]:
@@ -61,6 +67,16 @@ def sharing(capsule: Capsule) -> Iterator[str]:
             "" if share is None else f"{share:.0f} %",
             digits(middle("per_core_second")),
         )
+
+    alone = capsule.median("1 process, 1 thread", "zmlx", "cores_used")
+    yield from warning(100 * (alone or 0))
+
+
+def warning(given: float) -> Iterator[str]:
+    """A line when threads had a processor for too small a part of the time, in percent."""
+    if given < 90:
+        yield ""
+        yield f"**The machine was busy**: threads had a processor for {given:.0f} % of the time."
 
 
 def text(capsule: Capsule) -> Iterator[str]:
@@ -101,8 +117,8 @@ def main() -> None:
         hardware = capsule.environment["hardware"]
         where = f"{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
         made = "\n".join([*table(capsule), "", f"({where}; every run: [capsule]"])
-        made += f"(../benchmarks/capsules/{name}.json).)"
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        made += f"(../benchmarks/capsules/{name}.json).)\n"
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page, count = block.subn(lambda found, new=made: found[1] + new + found[2], page)
         assert count == 1, f"{PAGE}: no place for {name}"
     PAGE.write_text(page, encoding="utf-8")
