@@ -5,9 +5,9 @@
 For each checkpoint and prompt, zmlx writes 512 tokens, always the likeliest one. Stock mlx-lm, with
 the same weights and its scales in float32, then reads the whole in one pass and says at each
 position what it would have chosen (`zmlx.bench.text` says why that is as good as letting it write).
-A small model soon repeats itself, so both also choose along 512 tokens of given prose.
-Every difference is explained by its numbers. Stock reads eight tokens a second, so that all takes
-half an hour. Writes tokens and differences to benchmarks/capsules/text-cpu.json.
+A small model soon repeats itself, so both also choose along 512 tokens of given prose. Every
+difference is explained by its numbers. Stock reads eight tokens a second, so that all takes 40
+minutes. Writes tokens and differences to benchmarks/capsules/text-cpu.json.
 """
 
 from __future__ import annotations
