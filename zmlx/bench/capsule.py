@@ -43,7 +43,7 @@ class Run:
         variant: which of the compared ones, such as "stock" or "zmlx".
         repeat: number of the run of this subject and variant, from 0.
         values: quantity -> value in the capsule's unit.
-        samples: name -> the single times behind the values, in seconds.
+        samples: name -> the single numbers behind the values, such as the seconds of each step.
     """
 
     subject: str
@@ -215,7 +215,7 @@ def _check(content: Any, file: Path) -> None:
             _check_number(value, file, f"{where}.values.{name}")
         for name, samples in run["samples"].items():
             if not isinstance(samples, list):
-                raise CapsuleError(f"{file}: {where}.samples.{name}: expected a list of seconds")
+                raise CapsuleError(f"{file}: {where}.samples.{name}: expected a list of numbers")
             for value in samples:
                 _check_number(value, file, f"{where}.samples.{name}")
 
