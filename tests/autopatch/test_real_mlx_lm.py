@@ -16,6 +16,7 @@ import mlx_lm.utils
 import pytest
 from zoo.disk import make_checkpoint
 
+from zmlx.backend.cpu import native
 from zmlx_autopatch.boundaries import BOUNDARIES
 
 
@@ -79,6 +80,7 @@ def generate(*command: str, model, **variables: str):
 
 
 def test_generate_under_zmlx_run(checkpoint):
+    native.load()  # or the child would say that it compiles
     stock = generate(*STOCK, model=checkpoint)
     ours = generate(*OURS, model=checkpoint)
     assert (stock.returncode, ours.returncode) == (0, 0), ours.stderr

@@ -1,7 +1,8 @@
-"""`sanitized.cpp` and the library's plain C++ as one program, for any compiler and flags."""
+"""The library's C++ and a test's as one program, for any compiler and flags."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,28 +24,43 @@ WITH_MLX = (
 )
 
 
-def compile_program(compiler: list[str], flags: list[str], machine: str, folder: Path) -> Path:
-    """Compile each unit with the flags that it has on a kind of machine; return the program."""
-    units = {build.SOURCE / name: own for name, own in build._units(machine).items()}
-    jobs = [job for job in units.items() if job[0].name not in WITH_MLX]
-    jobs.append((Path(__file__).with_name("sanitized.cpp"), []))
-    command = [*compiler, "-std=c++20", "-w", f"-I{build.SOURCE}", *flags]
+#: source -> flags of its own
+Units = dict[Path, list[str]]
+
+
+def units(machine: str | None = None, *, mlx: bool) -> Units:
+    """Return the library's units for a kind of machine, with or without those of MLX types."""
+    own = build._units(machine) if machine else build._units()
+    del own["binding.cpp"]
+    return {
+        build.SOURCE / name: flags for name, flags in own.items() if mlx or name not in WITH_MLX
+    }
+
+
+def compile_units(compiler: list[str], flags: list[str], sources: Units, folder: Path) -> list[str]:
+    """Compile each unit with its own flags and then these; return the objects."""
+    include = [f"-I{build.SOURCE}", f"-I{build._mlx_folder() / 'include'}"]
+    command = [*compiler, "-std=c++20", "-w", "-Wno-psabi", *include]
 
     def compiled(job: tuple[Path, list[str]]) -> str:
         source, own = job
         target = str(folder / f"{source.stem}.o")
-        subprocess.run([*command, *own, "-c", str(source), "-o", target], check=True)
+        subprocess.run([*command, *own, *flags, "-c", str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as executor:
-        objects = list(executor.map(compiled, jobs))
-    program = folder / "sanitized"
-    subprocess.run([*command, "-pthread", *objects, "-o", str(program)], check=True)
+        return list(executor.map(compiled, sources.items()))
+
+
+def link(compiler: list[str], flags: list[str], objects: list[str], program: Path) -> Path:
+    """Link objects; return the program."""
+    subprocess.run([*compiler, "-pthread", *objects, *flags, "-o", str(program)], check=True)
     return program
 
 
-def run(command: list[str]) -> list[str]:
+def run(command: list[str], **variables: str) -> list[str]:
     """Run the program, which must find no fault; return the lines it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     return done.stdout.splitlines()

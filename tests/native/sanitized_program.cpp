@@ -80,16 +80,16 @@ mx::array exact(const mx::array& x) {
   return mx::astype(x, mx::float32);
 }
 
-QuantizedArray quantized(const mx::Shape& shape, int group, int bits, mx::Dtype type, uint32_t seed) {
+WeightArray quantized(const mx::Shape& shape, int group, int bits, mx::Dtype type, uint32_t seed) {
   const Arrays parts = mx::quantize(noise(shape, mx::float32, seed), group, bits);
-  QuantizedArray made{
+  WeightArray made{
       shifted(parts[0]), shifted(mx::astype(parts[1], type)), shifted(mx::astype(parts[2], type)),
-      {group, bits}};
+      {Mode::affine, group, bits}};
   return made;
 }
 
-QuantizedArray exact(const QuantizedArray& w) {
-  return {w.w, exact(w.scales), exact(w.biases), w.format};
+WeightArray exact(const WeightArray& w) {
+  return {w.w, exact(*w.scales), exact(*w.biases), w.format};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -97,29 +97,29 @@ QuantizedArray exact(const QuantizedArray& w) {
 
 using Optional = std::optional<mx::array>;
 
-mx::array matmul(bool ours, const mx::array& x, const QuantizedArray& w, const Optional& bias = {}) {
+mx::array matmul(bool ours, const mx::array& x, const WeightArray& w, const Optional& bias = {}) {
   if (ours) {
     return quantized_matmul(x, w, bias);
   }
   const mx::array y = mx::quantized_matmul(
-      x, w.w, w.scales, w.biases, true, w.format.group_size, w.format.bits);
+      x, w.w, *w.scales, w.biases, true, w.format.group_size, w.format.bits);
   return bias ? y + *bias : y;
 }
 
 mx::array chosen_matmul(
-    bool ours, const mx::array& x, const QuantizedArray& w, const mx::array& indices) {
+    bool ours, const mx::array& x, const WeightArray& w, const mx::array& indices) {
   if (ours) {
     return gather_quantized_matmul(x, w, indices);
   }
   return mx::gather_qmm(
-      x, w.w, w.scales, w.biases, std::nullopt, indices, true, w.format.group_size, w.format.bits);
+      x, w.w, *w.scales, w.biases, std::nullopt, indices, true, w.format.group_size, w.format.bits);
 }
 
 mx::array silu(const mx::array& x) {
   return x * mx::sigmoid(x);
 }
 
-mx::array glu(bool ours, const mx::array& x, const QuantizedArray& gate, const QuantizedArray& up) {
+mx::array glu(bool ours, const mx::array& x, const WeightArray& gate, const WeightArray& up) {
   return ours ? quantized_glu(x, gate, up, {}, {}, "silu")
               : silu(matmul(false, x, gate)) * matmul(false, x, up);
 }
@@ -146,7 +146,7 @@ mx::array attend(
 // x (T, K), the experts of each row (T, k) and their weights (T, k) -> (T, K)
 mx::array experts(
     bool ours, const mx::array& x, const mx::array& indices, const mx::array& weights,
-    const QuantizedArray& gate, const QuantizedArray& up, const QuantizedArray& down) {
+    const WeightArray& gate, const WeightArray& up, const WeightArray& down) {
   if (ours) {
     const mx::array h = gather_quantized_glu(x, indices, gate, up, "silu");
     return gather_quantized_combine(h, indices, weights, down);
@@ -294,11 +294,11 @@ void check_operations(mx::Dtype type) {
 // The library's own operations, on x (2, 3, 5, 64) and y (64,)
 void check_own(mx::Dtype type, int bits) {
   const mx::array x = noise({2, 3, 5, 64}, type, 5), y = noise({64}, type, 6);
-  const QuantizedArray w = quantized({37, 64}, 32, bits, type, 7);
-  const QuantizedArray v = quantized({37, 64}, 64, bits, type, 8);
-  const QuantizedArray e = quantized({5, 37, 64}, 32, bits, type, 9);
+  const WeightArray w = quantized({37, 64}, 32, bits, type, 7);
+  const WeightArray v = quantized({37, 64}, 64, bits, type, 8);
+  const WeightArray e = quantized({5, 37, 64}, 32, bits, type, 9);
   using A = const mx::array&;
-  const auto of = [](bool ours, const QuantizedArray& w) { return ours ? w : exact(w); };
+  const auto of = [](bool ours, const WeightArray& w) { return ours ? w : exact(w); };
   check("matmul", [&](bool ours, A x, A y) {
     const mx::array bias = mx::slice(y, {3}, {40});
     const mx::array z = matmul(ours, x, of(ours, w), bias);
@@ -346,7 +346,7 @@ constexpr int kHidden = 96, kHead = 32, kHeads = 3, kBatch = 2, kRows = 24, kExp
 
 struct Layer {
   mx::array first_norm, second_norm, router_bias;
-  QuantizedArray qkv, o, router, gate, up, down;
+  WeightArray qkv, o, router, gate, up, down;
 
   Layer(mx::Dtype type, int bits, uint32_t seed)
       : first_norm(noise({kHidden}, type, seed)),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import harness
 import pytest
-
-from zmlx.backend.cpu import build
 
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
@@ -29,8 +26,11 @@ def _tools():
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    flags = ["-O3", "-static"]
-    return harness.compile_program([COMPILER], flags, "aarch64", tmp_path_factory.mktemp("arm64"))
+    folder = tmp_path_factory.mktemp("arm64")
+    sources = harness.units("aarch64", mlx=False)
+    sources[Path(__file__).with_name("sanitized.cpp")] = []
+    objects = harness.compile_units([COMPILER], ["-O3"], sources, folder)
+    return harness.link([COMPILER], ["-static"], objects, folder / "program")
 
 
 def test_a_processor_with_dot_products(program):
@@ -43,11 +43,8 @@ def test_a_processor_without_dot_products(program):
     assert ran == ["best: portable", "portable"]
 
 
-def test_units_with_mlx_types_compile():
-    include = [f"-I{build.SOURCE}", f"-I{build._mlx_folder() / 'include'}"]
-    command = [COMPILER, "-std=c++20", "-w", "-Wno-psabi", "-fsyntax-only", *include]
-    # The binding also needs the headers of an arm64 Python.
-    units = [build.SOURCE / name for name in harness.WITH_MLX if name != "binding.cpp"]
-    with ThreadPoolExecutor(2) as executor:
-        runs = executor.map(lambda unit: subprocess.run([*command, str(unit)], check=False), units)
-    assert [run.returncode for run in runs] == [0] * len(units)
+def test_units_with_mlx_types_compile(tmp_path):
+    every, plain = (harness.units("aarch64", mlx=mlx) for mlx in (True, False))
+    sources = {unit: flags for unit, flags in every.items() if unit not in plain}
+    assert len(sources) >= 9
+    harness.compile_units([COMPILER], ["-fsyntax-only"], sources, tmp_path)

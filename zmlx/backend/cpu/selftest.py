@@ -16,40 +16,63 @@ import mlx.core as mx
 
 from zmlx.backend.cpu import native
 
+#: mode, group size, bits
+FORMS = (
+    *(("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)),
+    ("mxfp4", 32, 4),
+    ("nvfp4", 16, 4),
+    ("mxfp8", 32, 8),
+    ("dense", 0, 0),
+)
+
 
 def failures(library: ModuleType) -> list[str]:
     """Return one line for each operation and format that is off by more than float32 rounding."""
     found = []
-    for kernels in library.available_kernels():
-        library.set_kernels(kernels)
-        for bits in (2, 3, 4, 5, 6, 8):
-            for name, value, truth in _cases(library, bits):
-                error = float((mx.max(mx.abs(value - truth)) / mx.max(mx.abs(truth))).item())  # type: ignore[arg-type]
-                if not error < 1e-5:
-                    found.append(f"error: {name}, {bits} bits, {kernels}: off by {error:.1e}")
+    before = library.kernels()
+    try:
+        for kernels in library.available_kernels():
+            library.set_kernels(kernels)
+            for mode, group_size, bits in FORMS:
+                form = {"group_size": group_size, "bits": bits, "mode": mode}
+                for name, value, truth in _cases(library, form):
+                    error = float((mx.max(mx.abs(value - truth)) / mx.max(mx.abs(truth))).item())  # type: ignore[arg-type]
+                    if not error < 1e-5:
+                        what = f"{mode}, {bits} bits" if bits else mode
+                        found.append(f"error: {name}, {what}, {kernels}: off by {error:.1e}")
+    finally:
+        library.set_kernels(before)
     return found
 
 
-def _cases(library: ModuleType, bits: int) -> list[tuple[str, mx.array, mx.array]]:
-    size = 64
-    options: dict[str, Any] = {"group_size": 64, "bits": bits}
-    x = mx.random.normal((3, 3 * size), key=mx.random.key(1))
-    dense = mx.quantize(mx.random.normal((19, 3 * size), key=mx.random.key(2)), size, bits)
-    experts = mx.quantize(mx.random.normal((3, 19, 3 * size), key=mx.random.key(3)), size, bits)
+def _weight(shape: tuple[int, ...], form: dict[str, Any], seed: int) -> tuple[list[Any], mx.array]:
+    """Return values, scales and biases, and what they stand for."""
+    dense = mx.random.normal(shape, key=mx.random.key(seed))
+    if form["mode"] == "dense":
+        return [dense, None, None], dense
+    w, scales, *rest = mx.quantize(dense, **form)
+    biases = rest[0] if rest else None
+    return [w, scales, biases], mx.dequantize(w, scales, biases, **form).astype(mx.float32)
+
+
+def _cases(library: ModuleType, form: dict[str, Any]) -> list[tuple[str, mx.array, mx.array]]:
+    inputs = 192
+    x = mx.random.normal((3, inputs), key=mx.random.key(1))
+    one, values = _weight((19, inputs), form, 2)
+    experts, each = _weight((3, 19, inputs), form, 3)
     indices = mx.array([[2], [0], [1]], dtype=mx.uint32)
     weights = mx.array([[0.5], [2.0], [1.0]])
-    both = {f"{side}_{key}": value for side in ("gate", "up") for key, value in options.items()}
-    y = x @ mx.dequantize(*dense, **options).T
-    routed = x[:, None, None, :] @ mx.dequantize(*experts, **options)[indices].swapaxes(-1, -2)
-    routed = routed.squeeze(-2)
+    both = {f"{side}_{key}": value for side in ("gate", "up") for key, value in form.items()}
+    y = x @ values.T
+    routed = (x[:, None, None, :] @ each[indices].swapaxes(-1, -2)).squeeze(-2)
     h = x[:, None, :]
-    matmul = library.quantized_matmul(x, *dense, **options)
-    glu = library.quantized_glu(x, *dense, *dense, activation="silu", **both)
-    gather = library.gather_quantized_matmul(h[..., None, :], *experts, indices, **options)
+    matmul = library.quantized_matmul(x, *one, **form)
+    glu = library.quantized_glu(x, *one, *one, activation="silu", **both)
+    gather = library.gather_quantized_matmul(h[..., None, :], *experts, indices, **form)
     gather_glu = library.gather_quantized_glu(
         x, indices, *experts, *experts, activation="silu", **both
     )
-    combine = library.gather_quantized_combine(h, indices, weights, *experts, **options)
+    combine = library.gather_quantized_combine(h, indices, weights, *experts, **form)
     return [
         ("quantized_matmul", matmul, y),
         ("quantized_glu", glu, y * mx.sigmoid(y) * y),

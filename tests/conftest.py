@@ -1,0 +1,32 @@
+"""How pytest-xdist spreads the suite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+#: files whose tests share what is slow to make: one process runs them, or those of one parameter
+SHARED = (
+    "tests/native/test_arm64.py",
+    "tests/native/test_sanitizers.py",
+    "tests/packaging/test_wheel.py",
+)
+
+
+def group_of(nodeid: str) -> str:
+    """Return the name of the group of tests that one process runs."""
+    file, _, test = nodeid.partition("::")
+    return f"{file}[{test.partition('[')[2]}" if file in SHARED else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep groups together. (xdist's own groups, by marks, do nothing with pytest 9.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
