@@ -20,6 +20,7 @@ from zmlx import backend
 from zmlx.bench.capsule import GENERATION, Run, collect, write
 from zmlx.bench.decode import measure, plan_of
 from zmlx.bench.loading import load_checkpoint
+from zmlx.bench.environment import as_under_zmlx_run
 from zmlx.bench.report import show
 from zmlx.demo.prepare import prepare
 from zmlx.demo.smollm import DemoUnavailable
@@ -47,6 +48,7 @@ def main(
     capsule: Path | None,
 ) -> None:
     """Measure prefill and decode of SmolLM2, stock and zmlx in turn."""
+    as_under_zmlx_run()
     made: list[Run] = []
     plans = {}
     console = Console(stderr=True)

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from zmlx.backend.cpu import native
 from zmlx.bench.capsule import Quantities, Run, collect, write
+from zmlx.bench.environment import as_under_zmlx_run
 from zmlx.bench.report import show
 
 CAPSULES = Path(__file__).parents[1] / "capsules"
@@ -97,6 +98,7 @@ def main(
     capsule: Path,
 ) -> None:
     """Measure every format of weights."""
+    as_under_zmlx_run()
     library = native.load()
     counts = threads or tuple(range(1, library.num_threads() + 1))
     inputs, outputs = (int(size) for size in shape.split("x"))

@@ -29,6 +29,7 @@ from sources import VERSION, llama_bench, rates, sources
 from zmlx.backend.cpu import native
 from zmlx.bench.capsule import Quantities, Run, collect, write
 from zmlx.bench.decode import plan_of
+from zmlx.bench.environment import as_under_zmlx_run
 from zmlx.bench.loading import load_checkpoint
 from zmlx.bench.report import show
 from zmlx.bench.shapes import SHAPES, random_model
@@ -87,6 +88,7 @@ def main(
     names: tuple[str, ...], runs: int, prompt: int, tokens: int, folder: Path | None, capsule: Path
 ) -> None:
     """Compare zmlx with llama.cpp."""
+    as_under_zmlx_run()
     console = Console(stderr=True)
     home = folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zmlx-bench"
     threads = native.load().num_threads()

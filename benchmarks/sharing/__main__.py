@@ -32,6 +32,7 @@ from rich.console import Console
 from zmlx.backend.cpu import native
 from zmlx.backend.cpu.threads import usable_cpus
 from zmlx.bench.capsule import Quantities, Run, collect, write
+from zmlx.bench.environment import as_under_zmlx_run
 from zmlx.bench.report import show
 from zmlx.demo.prepare import prepare
 from zmlx.demo.smollm import DemoUnavailable
@@ -214,6 +215,7 @@ def main(
     capsule: Path,
 ) -> None:
     """Measure decode with more threads, less of a processor and beside another process."""
+    as_under_zmlx_run()
     home = folder or Path(tempfile.gettempdir()) / "zmlx-sharing-benchmark"
     try:
         checkpoint = prepare(home, shape, dtype)

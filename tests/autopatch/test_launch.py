@@ -204,6 +204,32 @@ def test_pythonpath_is_a_list(before, after):  # 17, 18
     assert environment.python_path(before) == after
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),  # the user has decided
+        ("a=1:glibc.malloc.hugetlb=2:b=1", "a=1:glibc.malloc.hugetlb=2:b=1"),
+        ("glibc.malloc.hugetlb_x=0", "glibc.malloc.hugetlb_x=0:glibc.malloc.hugetlb=1"),
+    ],
+)
+def test_large_pages_are_asked_for_unless_the_user_has_decided(before, after):
+    assert environment.tunables(before) == after
+
+
+@pytest.mark.parametrize(("switch", "asked"), [(None, True), ("1", True), ("0", False)])
+def test_large_pages_are_asked_for_where_glibc_is(monkeypatch, switch, asked):
+    given = {} if switch is None else {"ZMLX_AUTOPATCH": switch}
+    options = {"profile": None, "quiet": False, "strict": False}
+    monkeypatch.setattr(sys, "platform", "linux")
+    changed = environment.command_environment(given, **options)
+    assert ("GLIBC_TUNABLES" in changed) == asked
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "GLIBC_TUNABLES" not in environment.command_environment(given, **options)
+
+
 def test_a_missing_start_up_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "_SITES", (tmp_path / "_site",))
     with pytest.raises(FileNotFoundError, match="not installed whole"):
@@ -238,7 +264,7 @@ import os, signal, sys
 print(sys.argv, sys.flags, sys.warnoptions, sys.stdin.isatty(), __name__, __file__)
 print([entry for entry in sys.path if os.path.basename(entry) != "sitecustomize"])
 print(sorted(m for m in sys.modules if not m.startswith(("zmlx_autopatch", "sitecustomize"))))
-print(sorted(set(os.environ) - {"PYTHONPATH"}), os.getcwd(), os.umask(0))
+print(sorted(set(os.environ) - {"PYTHONPATH", "GLIBC_TUNABLES"}), os.getcwd(), os.umask(0))
 print([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)])
 print([f for f in map(type, sys.meta_path) if f.__module__ != "zmlx_autopatch.hook"])
 print(sys.excepthook, sys.getrecursionlimit(), sys.path_hooks[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -144,3 +145,22 @@ def test_a_missing_compiler_is_not_an_error(monkeypatch):
     monkeypatch.setenv("ZMLX_CXX", "no-such-compiler")
     assert environment.compiler() == ("", "")
     assert environment.versions()["compiler"] == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "again"),
+    [(None, True), ("glibc.malloc.hugetlb=0", False), ("glibc.malloc.hugetlb=1", False)],
+)
+def test_a_benchmark_starts_again_once_with_large_pages(monkeypatch, before, again):
+    started = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "benchmark", "--runs", "1"])
+    monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    environment.as_under_zmlx_run()
+    assert len(started) == again
+    for program, arguments, variables in started:
+        assert (program, arguments) == (sys.executable, sys.orig_argv)
+        assert variables["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"

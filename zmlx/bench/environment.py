@@ -14,6 +14,7 @@ from typing import Any
 
 from zmlx.version import __version__
 from zmlx_autopatch import variables
+from zmlx_autopatch.launch.environment import tunables
 
 #: x86 and ARM features that decide which CPU kernels run, as the kernel names them
 _FEATURES = (
@@ -47,8 +48,22 @@ def describe() -> dict[str, Any]:
         "hardware": hardware(),
         "os": platform.platform(),
         "versions": versions(),
-        "variables": {name: os.environ[name] for name in variables.TABLE if name in os.environ},
+        "variables": {
+            name: os.environ[name]
+            for name in (*variables.TABLE, "GLIBC_TUNABLES")
+            if name in os.environ
+        },
     }
+
+
+def as_under_zmlx_run() -> None:
+    """Start this program again in the environment that `zmlx run` gives, if it is another.
+
+    That is: with large pages for the weights, unless GLIBC_TUNABLES decides about them.
+    """
+    asked = os.environ.get("GLIBC_TUNABLES")
+    if sys.platform == "linux" and tunables(asked) != asked:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": tunables(asked)})
 
 
 def hardware() -> dict[str, Any]:

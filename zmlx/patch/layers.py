@@ -61,7 +61,32 @@ class LayerPattern(PatchPattern):
         )
 
 
-def _linear(kernel: Any) -> Callable[[type], dict[str, Any]]:
+def _quantized_linear(kernel: Any) -> Callable[[type], dict[str, Any]]:
+    def namespace(base: type) -> dict[str, Any]:
+        stock = base.__call__
+
+        # The most frequent call of a step: it does not go through `parts` and `form`.
+        def __call__(self: Any, x: mx.array) -> mx.array:
+            if self._training:
+                return stock(self, x)  # type: ignore[no-any-return]
+            get = self.get
+            return kernel(  # type: ignore[no-any-return]
+                x,
+                self["weight"],
+                self["scales"],
+                get("biases"),
+                get("bias"),
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+            )
+
+        return {"__call__": __call__}
+
+    return namespace
+
+
+def _dense_linear(kernel: Any) -> Callable[[type], dict[str, Any]]:
     def namespace(base: type) -> dict[str, Any]:
         stock = base.__call__
 
@@ -131,7 +156,8 @@ def _multi_linear(kernel: Any) -> Callable[[type], dict[str, Any]]:
     return namespace
 
 
-LINEAR: Kind = ((QUANTIZED_MATMUL,), _linear)
+QUANTIZED_LINEAR: Kind = ((QUANTIZED_MATMUL,), _quantized_linear)
+LINEAR: Kind = ((QUANTIZED_MATMUL,), _dense_linear)
 EMBEDDING: Kind = ((LOOKUP, QUANTIZED_MATMUL), _embedding)
 SWITCH_LINEAR: Kind = ((GATHER_QUANTIZED_MATMUL,), _switch_linear)
 MULTI_LINEAR: Kind = ((GATHER_QUANTIZED_MATMUL,), _multi_linear)

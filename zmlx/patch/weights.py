@@ -58,8 +58,15 @@ def form(module: Any) -> dict[str, Any]:
 
 def paired_form(gate: Any, up: Any) -> dict[str, Any]:
     """Return the same of two layers, for kernels that take both."""
-    both = {"gate": form(gate), "up": form(up)}
-    return {f"{side}_{key}": value for side, own in both.items() for key, value in own.items()}
+    one, other = form(gate), form(up)
+    return {
+        "gate_group_size": one["group_size"],
+        "gate_bits": one["bits"],
+        "gate_mode": one["mode"],
+        "up_group_size": other["group_size"],
+        "up_bits": other["bits"],
+        "up_mode": other["mode"],
+    }
 
 
 def product_dtype(x: mx.array, module: Any) -> mx.Dtype:

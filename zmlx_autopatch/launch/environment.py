@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def python_path(current: str | None) -> str:
     return os.pathsep.join([ours, *kept])
 
 
+#: glibc's switch for memory in large pages where the system leaves that to programs (`madvise`).
+_LARGE_PAGES = "glibc.malloc.hugetlb"
+
+
+def tunables(current: str | None) -> str:
+    """Return GLIBC_TUNABLES with large pages for large blocks, unless the user has decided.
+
+    Weights are read from end to end for every token; with pages of 4 KiB a processor then looks
+    addresses up all the time. It has to be asked for before a process starts.
+    """
+    if not current:
+        return f"{_LARGE_PAGES}=1"
+    names = [entry.partition("=")[0] for entry in current.split(":")]
+    return current if _LARGE_PAGES in names else f"{current}:{_LARGE_PAGES}=1"
+
+
 def command_environment(
     environ: Mapping[str, str], *, profile: str | None, quiet: bool, strict: bool
 ) -> dict[str, str]:
@@ -42,6 +59,8 @@ def command_environment(
     Options that are not given leave what is set: the innermost `zmlx run` wins.
     """
     changed = {**environ, "PYTHONPATH": python_path(environ.get("PYTHONPATH"))}
+    if sys.platform == "linux" and environ.get("ZMLX_AUTOPATCH") != "0":
+        changed["GLIBC_TUNABLES"] = tunables(environ.get("GLIBC_TUNABLES"))
     if profile is not None:
         changed["ZMLX_PROFILE"] = profile
     if quiet:

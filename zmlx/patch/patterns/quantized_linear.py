@@ -13,7 +13,13 @@ from __future__ import annotations
 
 import mlx.nn as nn
 
-from zmlx.patch.layers import EMBEDDING, LINEAR, MULTI_LINEAR, SWITCH_LINEAR, LayerPattern
+from zmlx.patch.layers import (
+    EMBEDDING,
+    MULTI_LINEAR,
+    QUANTIZED_LINEAR,
+    SWITCH_LINEAR,
+    LayerPattern,
+)
 from zmlx.patch.pattern import PatchConfig, Proposal, Refused
 
 OPTIONS: dict[str, str] = {}
@@ -35,7 +41,7 @@ class QuantizedLinear(LayerPattern):
 PATTERN = QuantizedLinear(
     "quantized_linear",
     {
-        ("mlx.nn.layers.quantized", "QuantizedLinear"): LINEAR,
+        ("mlx.nn.layers.quantized", "QuantizedLinear"): QUANTIZED_LINEAR,
         ("mlx.nn.layers.quantized", "QuantizedEmbedding"): EMBEDDING,
         ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear"): SWITCH_LINEAR,
         ("mlx_lm.models.mla", "QuantizedMultiLinear"): MULTI_LINEAR,

@@ -24,6 +24,10 @@ using Work = std::function<void(int64_t, int)>;
 // takes about as long as a small operation.
 constexpr auto kSpin = std::chrono::microseconds(100);
 
+// A thread that others wait for has been stopped by the system when it takes so much longer than
+// they do: tasks of one operation are of equal size.
+constexpr auto kPatience = std::chrono::microseconds(80);
+
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -51,6 +55,7 @@ class Pool {
     work_ = &work;
     failure_ = nullptr;
     active_.store(threads, std::memory_order_relaxed);
+    tasks_ = int(tasks);
     done_.store(0, std::memory_order_relaxed);
     for (int64_t share = 0; share < threads; ++share) {
       const uint64_t first = uint64_t(share * tasks / threads);
@@ -62,10 +67,7 @@ class Pool {
       round_.notify_all();
     }
     take_all(0, threads);
-    // Only tasks are waited for: a thread that the system does not run has taken none.
-    for (int turn = 1; done_.load(std::memory_order_acquire) < tasks; ++turn) {
-      rest(turn);
-    }
+    await_tasks();
     if (failure_) {
       std::rethrow_exception(failure_);
     }
@@ -105,7 +107,23 @@ class Pool {
         const std::lock_guard<std::mutex> lock(failing_);
         failure_ = std::current_exception();
       }
-      done_.fetch_add(1, std::memory_order_release);
+      const int tasks = tasks_; // of this round, which this task keeps from ending
+      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks) {
+        done_.notify_one();
+      }
+    }
+  }
+
+  // Only tasks are waited for: a thread that the system does not run has taken none, or is in the
+  // middle of its last. For that one the processor on which this thread waits has to be free.
+  void await_tasks() {
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    int done;
+    for (int turn = 1; (done = done_.load(std::memory_order_acquire)) < tasks_; ++turn) {
+      rest(turn);
+      if (turn % 64 == 0 && std::chrono::steady_clock::now() > until) {
+        done_.wait(done, std::memory_order_acquire);
+      }
     }
   }
 
@@ -143,7 +161,8 @@ class Pool {
     std::atomic<uint64_t> tickets{0};
   };
   Share shares_[kMaxThreads];
-  alignas(64) std::atomic<int64_t> done_{0};
+  int tasks_ = 0;
+  alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
   std::atomic<int> sleeping_{0};
 };
