@@ -19,8 +19,8 @@ from rich.console import Console
 from zmlx import backend
 from zmlx.bench.capsule import GENERATION, Run, collect, write
 from zmlx.bench.decode import measure, plan_of
-from zmlx.bench.loading import load_checkpoint
 from zmlx.bench.environment import as_under_zmlx_run
+from zmlx.bench.loading import load_checkpoint
 from zmlx.bench.report import show
 from zmlx.demo.prepare import prepare
 from zmlx.demo.smollm import DemoUnavailable

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zmlx.backend.cpu import native
+from zmlx.patch.weights import SMALL_FLOATS
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 #: Bytes of weights that are used in turn.
@@ -294,16 +295,43 @@ def errors(tokens: int, inputs: int, group: int, as_json: bool) -> None:
     for dtype, kind in DTYPES.items():
         x = mx.random.normal((tokens, inputs), key=mx.random.key(1)).astype(kind)
         dense = mx.random.normal((256, inputs), key=mx.random.key(2)).astype(kind)
-        for bits in (2, 3, 4, 5, 6, 8):
-            weight = mx.quantize(dense, group, bits)
-            form: dict[str, Any] = {"group_size": group, "bits": bits}
-            truth = in_float64(x) @ dequantized(weight, form).T
-            stock = in_float64(mx.quantized_matmul(x, *weight, transpose=True, **form))
-            ours = in_float64(library.quantized_matmul(x, *weight, **form))
+        for name, form in stored_forms(group).items():
+            weight, truth = stored(dense, form)
+            truth = in_float64(x) @ truth.T
+            if form["mode"] == "dense":
+                y = x @ weight[0].T
+            else:
+                y = mx.quantized_matmul(x, *weight, transpose=True, **form)
+            ours = library.quantized_matmul(x, *weight, **form)
             size = np.sqrt(np.mean(truth**2))
-            off = [float(np.sqrt(np.mean((y - truth) ** 2)) / size) for y in (stock, ours)]
-            rows.append({"dtype": dtype, "bits": bits, "stock": off[0], "native": off[1]})
-    show(f"{tokens} row(s), K = {inputs}, groups of {group}", rows, as_json)
+            off = [np.sqrt(np.mean((in_float64(out) - truth) ** 2)) / size for out in (y, ours)]
+            rows.append(
+                {"dtype": dtype, "weights": name, "stock": float(off[0]), "native": float(off[1])}
+            )
+    show(f"{tokens} row(s), K = {inputs}, groups of {group} where they are free", rows, as_json)
+
+
+def stored_forms(group: int) -> dict[str, dict[str, Any]]:
+    """Return how weights may be stored, by name."""
+    forms: dict[str, dict[str, Any]] = {
+        f"{bits} bits": {"group_size": group, "bits": bits, "mode": "affine"}
+        for bits in (2, 3, 4, 5, 6, 8)
+    }
+    for mode, (size, bits) in SMALL_FLOATS.items():
+        forms[mode] = {"group_size": size, "bits": bits, "mode": mode}
+    return {**forms, "dense": {"group_size": 0, "bits": 0, "mode": "dense"}}
+
+
+def stored(
+    dense: mx.array, form: dict[str, Any]
+) -> tuple[tuple[mx.array, ...], np.ndarray[Any, Any]]:
+    """Return a weight in a form, and its very values."""
+    if form["mode"] == "dense":
+        return (dense,), in_float64(dense)
+    weight = tuple(mx.quantize(dense, **form))
+    if form["mode"] == "affine":
+        return weight, dequantized(weight, form)  # type: ignore[arg-type]
+    return weight, in_float64(mx.dequantize(*weight, **form, dtype=mx.float32))
 
 
 def in_float64(array: mx.array) -> np.ndarray[Any, Any]:
