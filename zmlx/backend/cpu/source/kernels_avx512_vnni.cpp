@@ -17,6 +17,7 @@
 
 #include "floats.h"
 #include "kernels.h"
+#include "limbs.h"
 #include "load_avx512.h"
 
 namespace zmlx {
@@ -29,11 +30,12 @@ constexpr int kLimbs = 2;
 
 // Values that are multiplied in one turn.
 constexpr int64_t block_of(Code code) {
-  return of_nibbles(code) ? 128 : 64;
+  return code == Code::u2 ? 256 : of_nibbles(code) ? 128 : 64;
 }
 
-// A row of activations: limbs [block][limb][block values], the high one first (of nibbles the even
-// values before the odd ones); then the steps of the groups as float32.
+// A row of activations: limbs [block][limb][block values], the high one first; then the steps of the
+// groups as float32. The values of a block lie as weights are unpacked: of nibbles the even ones
+// before the odd ones, of two bits every fourth one from the first on, then from the second on, ...
 struct RowLayout {
   int64_t blocks, steps, bytes;
 
@@ -107,10 +109,8 @@ inline __m512i load_packed(const uint8_t* from, int64_t rest) {
 // The same of a block that is not cut off. No byte behind it may be touched.
 template <int Bits>
 inline __m512i load_whole(const uint8_t* from) {
-  if constexpr (Bits == 4 || Bits == 8) {
+  if constexpr (Bits == 2 || Bits == 4 || Bits == 8) {
     return _mm512_loadu_si512(from);
-  } else if constexpr (Bits == 2) {
-    return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
   return _mm512_maskz_loadu_epi8((uint64_t(1) << (8 * Bits)) - 1, from);
 }
@@ -119,6 +119,7 @@ inline __m512i load_whole(const uint8_t* from) {
 template <Code code>
 struct Sweep {
   static constexpr int64_t block = block_of(code);
+  static constexpr int parts = int(block / 64);
   static constexpr int bits = bits_of(code);
 
   const Weight& weight;
@@ -147,7 +148,7 @@ struct Sweep {
         halves(block < w.group) {}
 
   template <int Rows>
-  void load(const uint8_t* q, int64_t at, __m512i (&w)[Rows][2]) const {
+  void load(const uint8_t* q, int64_t at, __m512i (&w)[Rows][parts]) const {
     for (int r = 0; r < Rows; ++r) {
       const uint8_t* from = q + r * bytes + at * (block * bits / 8);
       // Into the second cache: the first one keeps the activations.
@@ -158,6 +159,10 @@ struct Sweep {
       if constexpr (of_nibbles(code)) {
         w[r][0] = unpack.nibbles(packed);
         w[r][1] = unpack.nibbles(_mm512_srli_epi16(packed, 4));
+      } else if constexpr (code == Code::u2) {
+        for (int p = 0; p < parts; ++p) {
+          w[r][p] = _mm512_and_si512(_mm512_srli_epi16(packed, 2 * p), _mm512_set1_epi8(3));
+        }
       } else {
         w[r][0] = unpack(packed);
       }
@@ -179,7 +184,7 @@ struct Sweep {
       const int64_t end = std::min(layout.blocks, at + turns);
       __m512i group = first_group;
       for (; at < end; ++at) {
-        __m512i w[Rows][2];
+        __m512i w[Rows][parts];
         load<Rows>(q, at, w);
         for (int m = 0; m < Count; ++m) {
           __m512i sum[Rows];
@@ -223,14 +228,14 @@ struct Sweep {
   }
 
   template <int Rows>
-  void multiply(const __m512i (&w)[Rows][2], const char* x, int64_t at, __m512i (&sum)[Rows]) const {
+  void multiply(const __m512i (&w)[Rows][parts], const char* x, int64_t at, __m512i (&sum)[Rows]) const {
     const char* limb = x + at * block * kLimbs;
     std::fill_n(sum, Rows, _mm512_setzero_si512());
     for (int l = 0; l < kLimbs; ++l) {
       for (int r = 0; r < Rows && l > 0; ++r) {
         sum[r] = _mm512_slli_epi32(sum[r], 8);
       }
-      for (int p = 0; p < block / 64; ++p, limb += 64) {
+      for (int p = 0; p < parts; ++p, limb += 64) {
         const __m512i values = _mm512_load_si512(limb);
         for (int r = 0; r < Rows; ++r) {
           sum[r] = _mm512_dpbusd_epi32(sum[r], w[r][p], values);
@@ -313,21 +318,6 @@ size_t scratch_size(const Weight& weight, Float type, int64_t count) {
   return kernels != nullptr ? kernels->scratch_size(weight, type, count) : 0;
 }
 
-// What one unit of a group's integers stands for, given the largest magnitude in the group.
-inline float step_of(float largest, Float type) {
-  if (!(largest <= std::numeric_limits<float>::max())) {
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  // Below this its inverse would overflow; the error is one of numbers that hardly exist.
-  largest = std::max(largest, 1e-30f);
-  if (type == Float::bf16) {
-    int exponent;
-    std::frexp(largest, &exponent); // largest < 2^exponent
-    return std::ldexp(1.0f, exponent - 14);
-  }
-  return largest / 32639.0f; // so that the high limb is below 128
-}
-
 // The limbs of 16 integers as bytes, the high one first.
 inline void store_limbs(__m512i v, char* to, int64_t apart) {
   for (int l = kLimbs - 1; l >= 0; --l) {
@@ -346,23 +336,47 @@ inline __m512i integers(
   return _mm512_cvtps_epi32(_mm512_mul_ps(load_16(x, type, k, 0xffff), inverse));
 }
 
+// Take even and odd values of 32 apart.
+inline void deal(__m512i& first, __m512i& second) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512i evens = _mm512_permutex2var_epi32(first, even, second);
+  second = _mm512_permutex2var_epi32(first, odd, second);
+  first = evens;
+}
+
+// Write the limbs of 64 integers, each 16 of them to a part of their own.
+inline void store_parts(__m512i (&v)[4], Code code, int64_t k, int64_t block, char* limbs) {
+  if (code == Code::u2) {
+    deal(v[0], v[1]);
+    deal(v[2], v[3]);
+    deal(v[0], v[2]); // 0, 4, 8, ... and 2, 6, 10, ...
+    deal(v[1], v[3]);
+    for (int part = 0; part < 4; ++part) {
+      store_limbs(v[part], limbs + 64 * part + k / 4, block);
+    }
+    return;
+  }
+  for (int half = 0; half < 4; half += 2, k += 32) {
+    if (of_nibbles(code)) {
+      deal(v[half], v[half + 1]);
+    }
+    char* to = limbs + (of_nibbles(code) ? k / 2 : k);
+    store_limbs(v[half], to, block);
+    store_limbs(v[half + 1], to + (of_nibbles(code) ? 64 : 16), block);
+  }
+}
+
 void pack_limbs(const Weight& weight, const void* x, Float type, const float* steps, char* to) {
   const RowLayout layout(weight);
   const int64_t block = block_of(weight.code);
-  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   for (int64_t b = 0; b < layout.blocks; ++b) {
-    char* limbs = to + b * block * kLimbs;
-    for (int64_t k = 0; k < block; k += 32) {
-      const __m512i low = integers(weight, x, type, steps, b * block + k);
-      const __m512i high = integers(weight, x, type, steps, b * block + k + 16);
-      if (of_nibbles(weight.code)) {
-        store_limbs(_mm512_permutex2var_epi32(low, even, high), limbs + k / 2, block);
-        store_limbs(_mm512_permutex2var_epi32(low, odd, high), limbs + 64 + k / 2, block);
-      } else {
-        store_limbs(low, limbs + k, block);
-        store_limbs(high, limbs + k + 16, block);
+    for (int64_t k = 0; k < block; k += 64) {
+      __m512i v[4];
+      for (int i = 0; i < 4; ++i) {
+        v[i] = integers(weight, x, type, steps, b * block + k + 16 * i);
       }
+      store_parts(v, weight.code, k, block, to + b * block * kLimbs);
     }
   }
 }

@@ -16,6 +16,7 @@
 
 #include "floats.h"
 #include "kernels.h"
+#include "limbs.h"
 
 namespace zmlx {
 namespace {
@@ -325,21 +326,6 @@ size_t row_size(const Weight& weight, Float type, int64_t count) {
 size_t scratch_size(const Weight& weight, Float type, int64_t count) {
   const Kernels* floats = floats_for(weight, type);
   return floats != nullptr ? floats->scratch_size(weight, type, count) : 0;
-}
-
-// What one unit of a group's integers stands for, given the largest magnitude in the group.
-inline float step_of(float largest, Float type) {
-  if (!(largest <= std::numeric_limits<float>::max())) {
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  // Below this its inverse would overflow; the error is one of numbers that hardly exist.
-  largest = std::max(largest, 1e-30f);
-  if (type == Float::bf16) {
-    int exponent;
-    std::frexp(largest, &exponent); // largest < 2^exponent
-    return std::ldexp(1.0f, exponent - 14);
-  }
-  return largest / 32639.0f; // so that the high limb is below 128
 }
 
 // A NaN among them is the largest.
