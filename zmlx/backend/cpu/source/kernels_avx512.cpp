@@ -259,16 +259,16 @@ size_t scratch_size(const Weight&, Float, int64_t) {
 }
 
 void pack(const Weight& weight, const void* x, Float type, Batch& batch, int64_t row) {
-  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   float* to = static_cast<float*>(batch.data) + row * padded(weight);
   for (int64_t k = 0; k < padded(weight); k += kTurn) {
-    const __m512 low = load_16(x, type, k, first_lanes(weight.inputs - k));
     const int64_t rest = std::max<int64_t>(0, weight.inputs - k - 16);
-    const __m512 high = load_16(x, type, k + 16, first_lanes(rest));
-    const bool nibbles = of_nibbles(weight.code);
-    _mm512_storeu_ps(to + k, nibbles ? _mm512_permutex2var_ps(low, even, high) : low);
-    _mm512_storeu_ps(to + k + 16, nibbles ? _mm512_permutex2var_ps(low, odd, high) : high);
+    __m512i low = _mm512_castps_si512(load_16(x, type, k, first_lanes(weight.inputs - k)));
+    __m512i high = _mm512_castps_si512(load_16(x, type, k + 16, first_lanes(rest)));
+    if (of_nibbles(weight.code)) {
+      deal(low, high);
+    }
+    _mm512_storeu_si512(to + k, low);
+    _mm512_storeu_si512(to + k + 16, high);
   }
   if (affine(weight.code)) {
     group_sums(weight, x, type, batch.sums + row * weight.groups());

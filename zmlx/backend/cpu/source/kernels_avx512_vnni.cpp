@@ -336,15 +336,6 @@ inline __m512i integers(
   return _mm512_cvtps_epi32(_mm512_mul_ps(load_16(x, type, k, 0xffff), inverse));
 }
 
-// Take even and odd values of 32 apart.
-inline void deal(__m512i& first, __m512i& second) {
-  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  const __m512i evens = _mm512_permutex2var_epi32(first, even, second);
-  second = _mm512_permutex2var_epi32(first, odd, second);
-  first = evens;
-}
-
 // Write the limbs of 64 integers, each 16 of them to a part of their own.
 inline void store_parts(__m512i (&v)[4], Code code, int64_t k, int64_t block, char* limbs) {
   if (code == Code::u2) {

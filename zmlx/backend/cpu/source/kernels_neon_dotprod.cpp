@@ -45,11 +45,10 @@ struct RowLayout {
   int64_t steps, sums, bytes;
 
   explicit RowLayout(const Weight& weight) {
-    const int64_t turns = (weight.groups() + kTurn - 1) / kTurn;
+    const int64_t groups = rounded_up(weight.groups(), kTurn);
     steps = 2 * weight.inputs;
-    sums = steps + turns * kTurn * int64_t(sizeof(float));
-    bytes = sums + turns * kTurn * int64_t(sizeof(float));
-    bytes = (bytes + kLine - 1) / kLine * kLine;
+    sums = steps + groups * int64_t(sizeof(float));
+    bytes = rounded_up(sums + groups * int64_t(sizeof(float)), kLine);
   }
 };
 

@@ -56,6 +56,15 @@ inline __m512 load_biases(const Weight& weight, int64_t index, __mmask16 mask) {
   return load_16(weight.biases, Float(weight.scale), index, mask);
 }
 
+// Take even and odd values of 32 apart.
+inline void deal(__m512i& first, __m512i& second) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512i evens = _mm512_permutex2var_epi32(first, even, second);
+  second = _mm512_permutex2var_epi32(first, odd, second);
+  first = evens;
+}
+
 // The sum of each group of activations.
 inline void group_sums(const Weight& weight, const void* x, Float type, float* sums) {
   for (int64_t g = 0; g < weight.groups(); ++g) {
