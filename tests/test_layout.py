@@ -18,6 +18,8 @@ STAGES = (
     "zmlx.family",
     "zmlx.patch",
     "zmlx.kernels",
+    "zmlx.authoring",
+    "zmlx.tuning",
     "zmlx.backend",
 )
 #: Facts that any stage may read; they import no stage.

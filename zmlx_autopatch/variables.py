@@ -13,6 +13,11 @@ TABLE: "dict[str, tuple[str, str, str]]" = {
     "ZMLX_STRICT": ("0 or 1", "0", "1 raises where zmlx would keep the stock model and say why"),
     "ZMLX_LOG": ("off, line or debug", "line", "what goes to stderr when a model is loaded"),
     "ZMLX_CACHE_DIR": ("a folder", "~/.cache/zmlx", "compiled kernels and tuning results"),
+    "ZMLX_BACKEND": (
+        "auto, metal, cuda, emulator or reference",
+        "auto",
+        "where kernels with a Metal source run; auto: on MLX's device, on CPUs their references",
+    ),
     "ZMLX_NUM_THREADS": ("a number", "physical cores", "threads of the native CPU kernels"),
     "ZMLX_QWEN_FUSED_SWIGLU": ("0 or 1", "", "alias of option moe_mlp.fused_swiglu, family qwen"),
     "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS": (

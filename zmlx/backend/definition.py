@@ -1,0 +1,64 @@
+"""A kernel's source with its names: what `mx.fast.metal_kernel` takes, and what each backend runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+#: Values of a kernel's template: a type, a whole number or a truth value by parameter.
+Template = Sequence[tuple[str, "mx.Dtype | int | bool"]]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A kernel as `mx.fast.metal_kernel` takes it; equal ones are compiled once.
+
+    Attributes:
+        name: a C identifier; it shows in profiles and in compilers' messages.
+        input_names: C identifiers, in the order of the inputs. `NAME_shape`, `NAME_strides` and
+            `NAME_ndim` exist in the source where it uses them.
+        output_names: C identifiers, in the order of the outputs.
+        source: the body of the kernel, in the Metal Shading Language.
+        header: what stands before the kernel: functions, constants, includes.
+        ensure_row_contiguous: copy inputs that are not row contiguous before the launch.
+        atomic_outputs: outputs are `device atomic<T>*`.
+        cuda: a body written for CUDA by hand, in place of the translated one.
+        cuda_header: what stands before it.
+    """
+
+    name: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    source: str
+    header: str = ""
+    ensure_row_contiguous: bool = True
+    atomic_outputs: bool = False
+    cuda: str | None = None
+    cuda_header: str = ""
+
+
+class Launch(Protocol):
+    """A compiled kernel: the call of `mx.fast.metal_kernel`'s result, on any backend.
+
+    `grid` counts threads (not threadgroups), as Metal's dispatchThreads does, and need not be a
+    multiple of `threadgroup`. Outputs are uninitialised where the kernel writes nothing, unless
+    `init_value` is given.
+    """
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array | float | int | bool],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Template | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: mx.Stream | mx.Device | None = None,
+    ) -> list[mx.array]:
+        """Return the outputs, lazily."""
