@@ -1,4 +1,4 @@
-"""A kernel's source with its names: what `mx.fast.metal_kernel` takes, and what each backend runs."""
+"""A kernel's source with its names, and what a compiled kernel is on every backend."""
 
 from __future__ import annotations
 
