@@ -24,11 +24,11 @@ def check_arguments(
     inputs: Sequence[Any],
     output_shapes: Sequence[Sequence[int]],
     output_dtypes: Sequence[mx.Dtype],
-    grid: Sequence[int],
-    threadgroup: Sequence[int],
     template: Sequence[tuple[str, Any]] | None,
 ) -> None:
     """Refuse arguments of a launch that would fail late or read what is not there.
+
+    The grid has its own check, since there is none where there is nothing to compute.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -49,7 +49,6 @@ def check_arguments(
     for dtype in output_dtypes:
         if not isinstance(dtype, mx.Dtype):
             raise TypeError(f"kernel {name!r}: output_dtypes holds {dtype!r}; give mx.Dtype values")
-    check_geometry(name, grid, threadgroup)
     if template:
         _check_template(definition, template)
 

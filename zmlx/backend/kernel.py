@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.backend.arguments import check_arguments
+from zmlx.backend.arguments import check_arguments, check_geometry
 from zmlx.backend.definition import Definition, Launch, Template
 from zmlx.backend.launch import launcher
 from zmlx.deprecation import takes_compute_dtype
@@ -162,22 +162,19 @@ class MetalKernel:
             inputs = arrays
         elif arrays:
             raise TypeError(f"kernel {self.spec.name!r}: give inputs by position or by name")
-        empty = bool(output_shapes) and all(0 in shape for shape in output_shapes)
         check_arguments(
             self._definition,
             inputs=inputs,
             output_shapes=output_shapes,
             output_dtypes=output_dtypes,
-            # The grid of nothing is often computed, to nothing.
-            grid=(1, 1, 1) if empty else grid,
-            threadgroup=(1, 1, 1) if empty else threadgroup,
             template=template,
         )
-        if empty:
+        if all(0 in shape for shape in output_shapes):
             return [
                 mx.zeros(shape, dtype, stream=stream)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
+        check_geometry(self.spec.name, grid, threadgroup)
         launch = self._launch(for_kernels(has_reference=False, stream=stream))
         self._count(sum(isinstance(value, mx.array) for value in inputs))
         return launch(

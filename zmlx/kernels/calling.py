@@ -120,24 +120,28 @@ class Bound:
         """Run one launch of the kernel's source."""
         geometry = self.geometry(arrays)
         assert geometry is not None
-        assert self.spec.definition is not None
-        scalars = [self.options[name] for name in self.spec.definition.input_names[len(arrays) :]]
         if geometry.is_empty():
             shapes = zip(geometry.output_shapes, geometry.output_dtypes, strict=True)
             outputs = [mx.zeros(shape, dtype) for shape, dtype in shapes]
         else:
-            outputs = launch(
-                inputs=[*arrays, *scalars],
-                output_shapes=geometry.output_shapes,
-                output_dtypes=geometry.output_dtypes,
-                grid=geometry.grid,
-                threadgroup=geometry.threadgroup,
-                template=geometry.template or None,
-                init_value=geometry.init_value,
-            )
+            outputs = launch(**self.arguments(geometry, arrays))
         if self.spec.finish is not None:
             return self.spec.finish(outputs, arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def arguments(self, geometry: Geometry, arrays: Arrays) -> dict[str, Any]:
+        """Return what a `Launch` is called with."""
+        assert self.spec.definition is not None
+        scalars = [self.options[name] for name in self.spec.definition.input_names[len(arrays) :]]
+        return {
+            "inputs": [*arrays, *scalars],
+            "output_shapes": geometry.output_shapes,
+            "output_dtypes": geometry.output_dtypes,
+            "grid": geometry.grid,
+            "threadgroup": geometry.threadgroup,
+            "template": geometry.template or None,
+            "init_value": geometry.init_value,
+        }
 
     def _differentiable(self, backend: str) -> Callable[..., Any]:
         """Make the function of one backend, with its transformations; once, not at each call."""
@@ -156,7 +160,7 @@ class Bound:
         if spec.gradient is None:
             return self._reference_vjp(arrays, cotangents)
         gradients = spec.gradient(arrays, cotangents, outputs, **self.options)
-        gradients = [gradients] if isinstance(gradients, mx.array) else list(gradients)
+        gradients = several(gradients)
         shapes = [g.shape if isinstance(g, mx.array) else None for g in gradients]
         if shapes != [array.shape for array in arrays]:
             raise ValueError(
