@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -48,9 +48,22 @@ class Geometry:
     template: tuple[tuple[str, mx.Dtype | int | bool], ...] = ()
     init_value: float | None = None
 
-    def is_empty(self) -> bool:
-        """Return whether there is nothing to compute."""
+    @cached_property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
         return 0 in self.grid or all(0 in shape for shape in self.output_shapes)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What a `Launch` is called with, besides the inputs."""
+        return {
+            "output_shapes": self.output_shapes,
+            "output_dtypes": self.output_dtypes,
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "template": self.template or None,
+            "init_value": self.init_value,
+        }
 
 
 class Bound:
@@ -63,6 +76,9 @@ class Bound:
         defaults = {key: v for key, v in named.items() if v is not inspect.Parameter.empty}
         self.options = {**defaults, **options}
         self.reference_options = {key: v for key, v in self.options.items() if key in named}
+        names = spec.definition.input_names if spec.definition else ()
+        # Inputs of the source that are no arguments of the reference by position are numbers.
+        self._scalars = [self.options[name] for name in names if name in named]
         self._geometries: dict[Any, Geometry] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
 
@@ -112,7 +128,7 @@ class Bound:
             found = geometry(*arrays, **self.options)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-        if not found.is_empty():
+        if not found.empty:
             check_geometry(name, found.grid, found.threadgroup)
         return found
 
@@ -120,34 +136,29 @@ class Bound:
         """Run one launch of the kernel's source."""
         geometry = self.geometry(arrays)
         assert geometry is not None
-        if geometry.is_empty():
+        if geometry.empty:
             shapes = zip(geometry.output_shapes, geometry.output_dtypes, strict=True)
             outputs = [mx.zeros(shape, dtype) for shape, dtype in shapes]
         else:
-            outputs = launch(**self.arguments(geometry, arrays))
+            outputs = launch(inputs=[*arrays, *self._scalars], **geometry.arguments)
         if self.spec.finish is not None:
             return self.spec.finish(outputs, arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def arguments(self, geometry: Geometry, arrays: Arrays) -> dict[str, Any]:
-        """Return what a `Launch` is called with."""
-        assert self.spec.definition is not None
-        scalars = [self.options[name] for name in self.spec.definition.input_names[len(arrays) :]]
-        return {
-            "inputs": [*arrays, *scalars],
-            "output_shapes": geometry.output_shapes,
-            "output_dtypes": geometry.output_dtypes,
-            "grid": geometry.grid,
-            "threadgroup": geometry.threadgroup,
-            "template": geometry.template or None,
-            "init_value": geometry.init_value,
-        }
+    def arguments(self, arrays: Arrays) -> dict[str, Any]:
+        """Return what a `Launch` is called with for these arrays."""
+        geometry = self.geometry(arrays)
+        assert geometry is not None
+        return {"inputs": [*arrays, *self._scalars], **geometry.arguments}
 
     def _differentiable(self, backend: str) -> Callable[..., Any]:
         """Make the function of one backend, with its transformations; once, not at each call."""
-        kernel = self.spec.implementation(backend)
-        options = self.options if backend != "cpu" else self.reference_options
-        function = mx.custom_function(lambda *arrays: kernel(*arrays, **options))
+        if backend == "cpu":
+            kernel = self.spec.implementation(backend)
+            function = mx.custom_function(lambda *a: kernel(*a, **self.reference_options))
+        else:
+            launch = self.spec.launch(backend)
+            function = mx.custom_function(lambda *arrays: self.launched(launch, arrays))
         function.vjp(self._vjp)
         function.jvp(self._jvp)
         function.vmap(self._vmap)
