@@ -225,7 +225,7 @@ class MetalKernel:
             ValueError: a number is out of range, or there are too many or too few of something.
         """
         try:
-            key = (
+            key: Any = (
                 tuple(output_shapes),
                 tuple(output_dtypes),
                 grid,
@@ -234,7 +234,7 @@ class MetalKernel:
             )
             found = self._checked.get(key)
         except TypeError:  # something is a list, or not what it should be
-            key = found = None
+            key, found = None, None
         if found is None:
             check_arguments(self._definition, output_shapes, output_dtypes, template)
             found = all(0 in shape for shape in output_shapes)

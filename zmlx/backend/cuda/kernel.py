@@ -86,15 +86,12 @@ class CudaKernel:
     ) -> tuple[Callable[..., list[mx.array]], Sequence[Any], tuple[int, int, int], Template | None]:
         """Return the kernel of a call, and its inputs, grid and template."""
         self._check(inputs, grid, threadgroup)
-        scalars = tuple(i for i in self._watched if not getattr(inputs[i], "ndim", 0))
-        # MLX writes the template's numbers into the kernel's name, where a minus cannot stand.
-        negative = tuple((n, v) for n, v in template or () if type(v) is int and v < 0)
-        rest = [item for item in template or () if item not in negative]
-        cut = any(g == 0 or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
-        if cut:
+        variant = variant_of(self._translation, inputs, grid, threadgroup, template)
+        rest = [item for item in template or () if item not in variant.constants]
+        if variant.cut:
             inputs = [*inputs, _size(tuple(grid))]
             grid = (max(grid[0], 1), max(grid[1], 1), max(grid[2], 1))
-        return self._variant(Variant(cut, scalars, negative)), inputs, grid, rest or None
+        return self._variant(variant), inputs, grid, rest or None
 
     def _check(
         self,
@@ -131,6 +128,21 @@ class CudaKernel:
             )
             self._variants[variant] = cast(Callable[..., list[mx.array]], made)
         return self._variants[variant]
+
+
+def variant_of(
+    translation: Translation,
+    inputs: Sequence[Any],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    template: Template | None,
+) -> Variant:
+    """Return which text a call needs."""
+    scalars = tuple(i for i in translation.watched if not getattr(inputs[i], "ndim", 0))
+    # MLX writes the template's numbers into the kernel's name, where a minus cannot stand.
+    negative = tuple((n, v) for n, v in template or () if type(v) is int and v < 0)
+    cut = any(g == 0 or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
+    return Variant(cut, scalars, negative)
 
 
 @lru_cache(maxsize=256)
