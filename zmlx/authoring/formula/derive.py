@@ -21,8 +21,8 @@ from zmlx.authoring.formula.algebra import (
 )
 from zmlx.authoring.formula.errors import NotDifferentiable
 from zmlx.authoring.formula.functions import FUNCTIONS
-from zmlx.authoring.formula.kinds import CASTS, FLOATS
 from zmlx.authoring.formula.inference import COMPARISONS, LOGIC
+from zmlx.authoring.formula.kinds import CASTS, FLOATS
 from zmlx.authoring.formula.parser import parse_partial
 from zmlx.authoring.formula.tree import (
     Binary,

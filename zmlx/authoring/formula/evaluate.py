@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from zmlx.authoring.formula.functions import FUNCTIONS
-from zmlx.authoring.formula.kinds import CASTS, TYPES, common
-from zmlx.authoring.formula.tree import Binary, Call, Cast, Choice, Name, Number, Tree, Unary
 from zmlx.authoring.formula.inference import COMPARISONS, Types
+from zmlx.authoring.formula.kinds import CASTS, TYPES, common
+from zmlx.authoring.formula.tree import Binary, Call, Cast, Choice, Name, Number, Tree, Unary, names
 
 #: Takes arrays of the variables' types and returns the formulas' values.
 Program = Callable[[Sequence[mx.array]], list[mx.array]]
@@ -63,17 +63,27 @@ class _Place(NamedTuple):
     index: int
 
 
-def program(trees: Sequence[Tree], variables: Sequence[str], types: Types, t: mx.Dtype) -> Program:
+def program(
+    trees: Sequence[Tree],
+    variables: Mapping[str, mx.Dtype],
+    results: Sequence[mx.Dtype],
+    types: Types,
+) -> Program:
     """Return a function of arrays that computes formulas.
 
-    Equal parts are computed once. The arrays come in the order of `variables` and have the dtypes
-    of their types (`TYPES`); a conversion to "T" rounds to `t`.
+    Equal parts are computed once.
+
+    Args:
+        trees: the formulas.
+        variables: the names of the arrays in their order, with their dtypes.
+        results: a dtype for each formula's value.
+        types: the types of the formulas' parts.
 
     Raises:
         FormulaError: an operator is given a type that it does not take.
     """
-    builder = _Builder(variables, types, t)
-    places = [builder.place(tree, types.of(tree)) for tree in trees]
+    builder = _Builder(variables, types)
+    places = [builder.result(tree, dtype) for tree, dtype in zip(trees, results, strict=True)]
     starts = {"variable": 0, "constant": len(variables)}
     starts["step"] = len(variables) + len(builder.constants)
     steps = [
@@ -95,9 +105,9 @@ def program(trees: Sequence[Tree], variables: Sequence[str], types: Types, t: mx
 class _Builder:
     """Gives every distinct part of the formulas a place, once for each type it is wanted in."""
 
-    def __init__(self, variables: Sequence[str], types: Types, t: mx.Dtype) -> None:
+    def __init__(self, variables: Mapping[str, mx.Dtype], types: Types) -> None:
         self.types = types
-        self.t = t
+        self.dtypes = variables
         self.variables = {name: index for index, name in enumerate(variables)}
         self.constants: list[mx.array] = []
         self.steps: list[tuple[Callable[..., mx.array], tuple[_Place, ...]]] = []
@@ -117,6 +127,19 @@ class _Builder:
             self.places[tree, kind] = found
         return found
 
+    def result(self, tree: Tree, dtype: mx.Dtype) -> _Place:
+        """Return where a formula's value will be, rounded or cut to a dtype."""
+        kind = self.types.of(tree)
+        value = self.place(tree, kind)
+        if not names(tree):
+            # Without variables it has no shape; the first array's stands in for it.
+            value = self.step(
+                lambda array, number: mx.broadcast_to(number, array.shape),
+                _Place("variable", 0),
+                value,
+            )
+        return value if TYPES[kind] == dtype else self.step(_converted(dtype), value)
+
     def constant(self, value: mx.array) -> _Place:
         self.constants.append(value)
         return _Place("constant", len(self.constants) - 1)
@@ -127,7 +150,9 @@ class _Builder:
 
     def compute(self, tree: Tree, kind: str) -> _Place:
         if isinstance(tree, Name):
-            return _Place("variable", self.variables[tree.name])
+            array = _Place("variable", self.variables[tree.name])
+            same = self.dtypes[tree.name] == TYPES[kind]
+            return array if same else self.step(_converted(TYPES[kind]), array)
         if isinstance(tree, Cast):
             return self.cast(tree, kind)
         if isinstance(tree, Unary):
@@ -152,10 +177,12 @@ class _Builder:
         else:
             wanted = kind
         table = _OPERATIONS if wanted == "float" or operator not in _WHOLE else _WHOLE
-        return self.step(table[operator], self.place(tree.left, wanted), self.place(tree.right, wanted))
+        return self.step(
+            table[operator], self.place(tree.left, wanted), self.place(tree.right, wanted)
+        )
 
     def cast(self, tree: Cast, kind: str) -> _Place:
-        target = self.t if tree.to == "T" else CASTS[tree.to]
+        target = TYPES[kind] if tree.to == "T" else CASTS[tree.to]
         value = self.place(tree.operand, self.types.of(tree.operand))
         value = self.step(_converted(target), value)
         return value if target == TYPES[kind] else self.step(_converted(TYPES[kind]), value)

@@ -170,7 +170,14 @@ _ROWS = (
     ),
     replace(shared.FUNCTIONS["pow"], name="powr", metal="metal::powr", aliases=()),
     # Of `zmlx.msl.DEFAULT_HEADER`; known where that header is given.
-    Function("kk_sigmoid", 1, "kk_sigmoid", mx.sigmoid, shared.FUNCTIONS["sigmoid"].python, ("y * (1 - y)",)),
+    Function(
+        "kk_sigmoid",
+        1,
+        "kk_sigmoid",
+        mx.sigmoid,
+        shared.FUNCTIONS["sigmoid"].python,
+        ("y * (1 - y)",),
+    ),
     Function(
         "kk_silu",
         1,
@@ -189,13 +196,61 @@ OF_DEFAULT_HEADER = ("kk_sigmoid", "kk_silu")
 
 #: Functions of Metal's library that have no formula here: their expressions run, on devices only.
 METAL_ONLY = frozenset(
-    """
-    absdiff addsat all any as_type atomic_fetch_add_explicit clz cross ctz distance divide dot
-    extract_bits faceforward fdim fmax3 fmedian3 fmin3 frexp hadd half_to_float ilogb insert_bits
-    isnormal isordered isunordered ldexp length length_squared logb mad24 madhi madsat max3 median3
-    min3 modf mul24 mulhi nextafter normalize not popcount reflect refract reinterpret_cast
-    reverse_bits rhadd rotate signbit sincos subsat tanpi
-    """.split()
+    [
+        "absdiff",
+        "addsat",
+        "all",
+        "any",
+        "as_type",
+        "atomic_fetch_add_explicit",
+        "clz",
+        "cross",
+        "ctz",
+        "distance",
+        "divide",
+        "dot",
+        "extract_bits",
+        "faceforward",
+        "fdim",
+        "fmax3",
+        "fmedian3",
+        "fmin3",
+        "frexp",
+        "hadd",
+        "half_to_float",
+        "ilogb",
+        "insert_bits",
+        "isnormal",
+        "isordered",
+        "isunordered",
+        "ldexp",
+        "length",
+        "length_squared",
+        "logb",
+        "mad24",
+        "madhi",
+        "madsat",
+        "max3",
+        "median3",
+        "min3",
+        "modf",
+        "mul24",
+        "mulhi",
+        "nextafter",
+        "normalize",
+        "not",
+        "popcount",
+        "reflect",
+        "refract",
+        "reinterpret_cast",
+        "reverse_bits",
+        "rhadd",
+        "rotate",
+        "signbit",
+        "sincos",
+        "subsat",
+        "tanpi",
+    ]
 )
 
 

@@ -82,9 +82,7 @@ class Types:
             return "bool"
         if tree.operator in _WHOLE_ONLY and "float" in below:
             advice = "use fmod(a, b)" if tree.operator == "%" else "convert: int(x)"
-            raise FormulaError(
-                self.text, tree.at, f"{tree.operator!r} takes whole numbers", advice
-            )
+            raise FormulaError(self.text, tree.at, f"{tree.operator!r} takes whole numbers", advice)
         if tree.operator in ("<<", ">>"):
             return promoted(below[0])
         return common(*below)

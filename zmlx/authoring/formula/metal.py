@@ -57,7 +57,7 @@ def printed(
 
 def _repeated(trees: Sequence[Tree]) -> set[Tree]:
     """Return what contains a call and is wanted by more than one node."""
-    wanted: dict[Tree, int] = {tree: 1 for tree in trees}
+    wanted: dict[Tree, int] = dict.fromkeys(trees, 1)
     stack = list(wanted)
     calls: dict[Tree, bool] = {}
 

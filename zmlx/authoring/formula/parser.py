@@ -68,13 +68,11 @@ _STATEMENTS = {";", "{", "}"}
 _PREFIX = re.compile(r"^(?:metal::)?(?:(precise|fast)::)?(\w+)$")
 
 
-class Opaque(Exception):  # noqa: N818 - not an error: the text is good, only not ours to read
+class Opaque(Exception):
     """A formula may be good Metal and is not one that is understood here; the text says why."""
 
 
-def parse(
-    text: str, variables: Collection[str], *, header: str = "", elsewhere: str = ""
-) -> Tree:
+def parse(text: str, variables: Collection[str], *, header: str = "", elsewhere: str = "") -> Tree:
     """Return the tree of a formula.
 
     Args:
@@ -91,9 +89,7 @@ def parse(
 
 
 class _Parser:
-    def __init__(
-        self, text: str, variables: Collection[str], header: str, elsewhere: str
-    ) -> None:
+    def __init__(self, text: str, variables: Collection[str], header: str, elsewhere: str) -> None:
         self.text = text
         self.variables = variables
         self.header = header
@@ -145,9 +141,7 @@ class _Parser:
             return FormulaError(
                 text, word.at, f"unexpected {word.text!r}", "an operator is missing before it"
             )
-        return FormulaError(
-            text, word.at, f"unexpected {word.text!r}", "a value should stand here"
-        )
+        return FormulaError(text, word.at, f"unexpected {word.text!r}", "a value should stand here")
 
     def choice(self) -> Tree:
         condition = self.level(0)
@@ -409,9 +403,7 @@ def _defines(header: str, name: str) -> bool:
     return bool(header) and re.search(rf"(?<!::)\b{re.escape(name)}\s*\(", header) is not None
 
 
-def let(
-    text: str, variables: Collection[str], *, header: str = ""
-) -> Mapping[str, Tree]:
+def let(text: str, variables: Collection[str], *, header: str = "") -> Mapping[str, Tree]:
     """Read declarations, such as `float s = kk_sigmoid(x); auto t = s * x;`.
 
     Returns:
