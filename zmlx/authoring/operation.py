@@ -179,21 +179,14 @@ class Elementwise:
         if self._gradients is not None:
             formulas = [self._gradients[i] for i in wanted]
         else:
-            formulas = [
-                derived(self._derived(self.kernel.variables[i], cotangents)) for i in wanted
-            ]
-        # The first variable gives the kernel its number of elements; others come if they are used.
-        extra = [*cotangents, *([self._output] if self._output else [])]
-        names = [*self.kernel.variables, *extra]
-        used = [n for n in names[1:] if any(formula.mentions(n) for formula in formulas)]
-        names = [names[0], *used]
-        like = [names.index(n) if n in names else None for n in self._named(wanted)]
-        if None in like:
-            # A gradient has its argument's dtype, so that argument comes along.
-            names = [
-                n for n in [*self.kernel.variables, *extra] if n in {*names, *self._named(wanted)}
-            ]
-            like = [names.index(n) for n in self._named(wanted)]
+            formulas = [self._derived(self.kernel.variables[i], cotangents) for i in wanted]
+        # The first variable gives the number of elements, those with a gradient give its dtype.
+        kept = {0, *wanted}
+        names = [name for i, name in enumerate(self.kernel.variables) if i in kept]
+        others = [name for i, name in enumerate(self.kernel.variables) if i not in kept]
+        others += [*cotangents, *([self._output] if self._output else [])]
+        names += [name for name in others if any(f.mentions(name) for f in formulas)]
+        like = [names.index(self.kernel.variables[i]) for i in wanted]
         kernel = Pointwise(
             f"{self.name}_grad",
             names,
@@ -204,10 +197,7 @@ class Elementwise:
         )
         return Elementwise(kernel)
 
-    def _named(self, wanted: Sequence[int]) -> list[str]:
-        return [self.kernel.variables[i] for i in wanted]
-
-    def _derived(self, variable: str, cotangents: Sequence[str]) -> Tree:
+    def _derived(self, variable: str, cotangents: Sequence[str]) -> Formula:
         result: Tree = ZERO
         for formula, cotangent in zip(self.kernel.formulas, cotangents, strict=True):
             if formula.tree is None:
@@ -223,10 +213,10 @@ class Elementwise:
                     "grad_expr or with zmlx.autograd"
                 ) from None
             result = total(result, product(Name(cotangent), part))
-        return result
+        return derived(result)
 
     def _jvp(self, primals: Any, tangents: Any) -> list[mx.array]:
-        """Add up the gradients with the tangents for cotangents: each element depends on its own."""
+        """Add up gradients with tangents for cotangents: an element depends on no other one."""
         arrays, moved = _tuple(primals), _tuple(tangents) if tangents is not None else (None,)
         outputs = _tuple(self._function(*arrays))
         results = []

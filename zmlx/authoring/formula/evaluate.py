@@ -60,7 +60,7 @@ class _Place(NamedTuple):
     """Where a value is: "variable", "constant" or "step", and its number there."""
 
     where: str
-    index: int
+    number: int
 
 
 def program(
@@ -68,6 +68,8 @@ def program(
     variables: Mapping[str, mx.Dtype],
     results: Sequence[mx.Dtype],
     types: Types,
+    *,
+    shaped: bool = True,
 ) -> Program:
     """Return a function of arrays that computes formulas.
 
@@ -78,19 +80,20 @@ def program(
         variables: the names of the arrays in their order, with their dtypes.
         results: a dtype for each formula's value.
         types: the types of the formulas' parts.
+        shaped: give a formula without variables the shape of the first array, not that of a number.
 
     Raises:
         FormulaError: an operator is given a type that it does not take.
     """
-    builder = _Builder(variables, types)
+    builder = _Builder(variables, types, shaped)
     places = [builder.result(tree, dtype) for tree, dtype in zip(trees, results, strict=True)]
     starts = {"variable": 0, "constant": len(variables)}
     starts["step"] = len(variables) + len(builder.constants)
     steps = [
-        (operation, tuple(starts[place.where] + place.index for place in arguments))
+        (operation, tuple(starts[place.where] + place.number for place in arguments))
         for operation, arguments in builder.steps
     ]
-    wanted = [starts[place.where] + place.index for place in places]
+    wanted = [starts[place.where] + place.number for place in places]
     constants = tuple(builder.constants)
 
     def run(arrays: Sequence[mx.array]) -> list[mx.array]:
@@ -105,8 +108,9 @@ def program(
 class _Builder:
     """Gives every distinct part of the formulas a place, once for each type it is wanted in."""
 
-    def __init__(self, variables: Mapping[str, mx.Dtype], types: Types) -> None:
+    def __init__(self, variables: Mapping[str, mx.Dtype], types: Types, shaped: bool) -> None:
         self.types = types
+        self.shaped = shaped
         self.dtypes = variables
         self.variables = {name: index for index, name in enumerate(variables)}
         self.constants: list[mx.array] = []
@@ -131,13 +135,8 @@ class _Builder:
         """Return where a formula's value will be, rounded or cut to a dtype."""
         kind = self.types.of(tree)
         value = self.place(tree, kind)
-        if not names(tree):
-            # Without variables it has no shape; the first array's stands in for it.
-            value = self.step(
-                lambda array, number: mx.broadcast_to(number, array.shape),
-                _Place("variable", 0),
-                value,
-            )
+        if self.shaped and not names(tree):
+            value = self.step(_spread, value, _Place("variable", 0))
         return value if TYPES[kind] == dtype else self.step(_converted(dtype), value)
 
     def constant(self, value: mx.array) -> _Place:
@@ -186,6 +185,10 @@ class _Builder:
         value = self.place(tree.operand, self.types.of(tree.operand))
         value = self.step(_converted(target), value)
         return value if target == TYPES[kind] else self.step(_converted(TYPES[kind]), value)
+
+
+def _spread(number: mx.array, array: mx.array) -> mx.array:
+    return mx.broadcast_to(number, array.shape)
 
 
 def _converted(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:

@@ -22,6 +22,9 @@ def _truncated_remainder(a: mx.array, b: mx.array) -> mx.array:
     return mx.where(a < 0, -size, size)
 
 
+_sigmoid = shared.FUNCTIONS["sigmoid"].python
+
+
 def _eased(t: float) -> float:
     return t * t * (3 - 2 * t)
 
@@ -183,7 +186,7 @@ _ROWS = (
         1,
         "kk_silu",
         _silu,
-        lambda a: a * shared.FUNCTIONS["sigmoid"].python(a),
+        lambda a: a * _sigmoid(a),
         ("kk_sigmoid(a) * (1 + a * (1 - kk_sigmoid(a)))",),
     ),
 )
@@ -195,63 +198,14 @@ FUNCTIONS: dict[str, Function] = shared.FUNCTIONS | {row.name: row for row in _R
 OF_DEFAULT_HEADER = ("kk_sigmoid", "kk_silu")
 
 #: Functions of Metal's library that have no formula here: their expressions run, on devices only.
-METAL_ONLY = frozenset(
-    [
-        "absdiff",
-        "addsat",
-        "all",
-        "any",
-        "as_type",
-        "atomic_fetch_add_explicit",
-        "clz",
-        "cross",
-        "ctz",
-        "distance",
-        "divide",
-        "dot",
-        "extract_bits",
-        "faceforward",
-        "fdim",
-        "fmax3",
-        "fmedian3",
-        "fmin3",
-        "frexp",
-        "hadd",
-        "half_to_float",
-        "ilogb",
-        "insert_bits",
-        "isnormal",
-        "isordered",
-        "isunordered",
-        "ldexp",
-        "length",
-        "length_squared",
-        "logb",
-        "mad24",
-        "madhi",
-        "madsat",
-        "max3",
-        "median3",
-        "min3",
-        "modf",
-        "mul24",
-        "mulhi",
-        "nextafter",
-        "normalize",
-        "not",
-        "popcount",
-        "reflect",
-        "refract",
-        "reinterpret_cast",
-        "reverse_bits",
-        "rhadd",
-        "rotate",
-        "signbit",
-        "sincos",
-        "subsat",
-        "tanpi",
-    ]
-)
+_METAL_ONLY = """
+    absdiff addsat all any as_type clz cross ctz distance divide dot extract_bits faceforward
+    fdim fmax3 fmedian3 fmin3 frexp hadd ilogb insert_bits isnormal isordered isunordered
+    ldexp length length_squared logb mad24 madhi madsat max3 median3 min3 modf mul24 mulhi
+    nextafter normalize popcount reflect refract reinterpret_cast reverse_bits rhadd rotate
+    signbit sincos subsat tanpi
+"""
+METAL_ONLY = frozenset(_METAL_ONLY.split())
 
 
 def needed(names: Iterable[str]) -> str:

@@ -328,7 +328,8 @@ class _Parser:
             self.arguments(word, None)
             return Number(0.0, "float", word.at)
         if plain == "where" and self.calculus:
-            return Choice(*self.arguments(word, 3), at=word.at)
+            condition, yes, no = self.arguments(word, 3)
+            return Choice(condition, yes, no, word.at)
         if plain == "select":
             no, yes, condition = self.arguments(word, 3)
             return Choice(condition, yes, no, word.at)
