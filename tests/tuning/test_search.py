@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from zmlx.tuning import TuningError, TuningWarning
-from zmlx.tuning.search import TracedError, same, search
+from zmlx.tuning.search import TracedError, fastest, same, search
 
 X = mx.arange(12, dtype=mx.float32)
 
@@ -39,14 +39,9 @@ def test_the_fastest_wins():
     assert all(len(seconds) == 3 for seconds in found.seconds.values())
 
 
-def test_the_default_stays_when_no_other_is_clearly_faster():
-    found = search("k", {"a": sleeping(0.003), "b": sleeping(0.003)}, default="b", rounds=5)
-    found.seconds = {"a": [0.995], "b": [1.0]}
-    from zmlx.tuning.search import _fastest
-
-    assert _fastest(found.medians_ms(), "b") == "b"
-    found.seconds = {"a": [0.9], "b": [1.0]}
-    assert _fastest(found.medians_ms(), "b") == "a"
+@pytest.mark.parametrize(("other", "best"), [(0.995, "b"), (0.9, "a")])
+def test_the_default_stays_unless_another_is_clearly_faster(other, best):
+    assert fastest({"a": other, "b": 1.0}, "b") == best
 
 
 def test_a_candidate_that_fails_is_dropped_with_its_error_however_fast():
@@ -69,15 +64,6 @@ def test_a_candidate_that_fails_later_is_dropped_too():
     found = search("k", {"late": late, "b": sleeping(0.003)}, default="late", rounds=4)
     assert found.best == "b"
     assert found.dropped == {"late": "RuntimeError: out of memory"}
-
-
-def test_a_failure_at_evaluation_counts():
-    def lazy():
-        return [mx.linalg.cholesky(mx.ones((2, 3)), stream=mx.cpu)]
-
-    found = search("k", {"lazy": lazy, "b": sleeping(0.001)}, default="lazy", rounds=3)
-    assert found.best == "b"
-    assert "lazy" in found.dropped
 
 
 def test_when_all_fail_every_reason_is_given():
@@ -118,12 +104,12 @@ def test_rounding_is_no_difference():
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.bool_])
 def test_what_counts_as_the_same(dtype):
     value = mx.array([0, 1, 2, 3]).astype(dtype)
-    assert same([value], [value + 0])
+    assert same([value], [mx.array(value)])
     assert not same([value], [mx.zeros_like(value)])
     assert not same([value], [])
     if mx.issubdtype(dtype, mx.floating):
         special = mx.array([mx.nan, mx.inf, -mx.inf, 1.0]).astype(dtype)
-        assert same([special], [special + 0])
+        assert same([special], [mx.array(special)])
         assert not same([special], [-special])
         assert not same([value], [mx.where(value == 1, mx.nan, value)])
     assert same([value[:0]], [value[:0]])
@@ -150,5 +136,7 @@ def test_a_candidate_that_needs_a_traced_value_says_so():
 )
 def test_nothing_to_search(bad):
     given = {"candidates": {"a": sleeping(0)}, "warmup": 1, "rounds": 1, **bad}
-    with pytest.raises(ValueError, match="one at least|at least"):
-        search("k", given["candidates"], default="a", warmup=given["warmup"], rounds=given["rounds"])
+    with pytest.raises(ValueError, match="at least"):
+        search(
+            "k", given["candidates"], default="a", warmup=given["warmup"], rounds=given["rounds"]
+        )

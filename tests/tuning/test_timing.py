@@ -42,11 +42,14 @@ def test_bytes_of_containers():
 
 
 def test_every_round_times_every_call_and_begins_with_another():
-    names = [name for name, _ in in_turn(
-        {"a": lambda: [], "b": lambda: [], "c": lambda: []},
-        counts={"a": 1, "b": 2, "c": 1},
-        rounds=3,
-    )]
+    names = [
+        name
+        for name, _ in in_turn(
+            {"a": lambda: [], "b": lambda: [], "c": lambda: []},
+            counts={"a": 1, "b": 2, "c": 1},
+            rounds=3,
+        )
+    ]
     assert names == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 

@@ -113,8 +113,8 @@ def autotune_kernel(
     found = task.run(warmup=warmup, rounds=iters, anew=True)
     if found is None:
         raise RuntimeError(
-            f"{task.name}: nothing can be timed inside mx.compile, mx.grad or mx.vmap; "
-            "tune with arrays outside, or call get_autotuned_config"
+            f"{task.name}: nothing can be timed inside a transformation (mx.compile, mx.grad, mx.vmap); "
+            "tune outside, or call get_autotuned_config"
         )
     return found
 

@@ -98,7 +98,7 @@ def search(
     if not found.medians_ms():
         reasons = "\n".join(f"  {label}: {reason}" for label, reason in found.dropped.items())
         raise TuningError(f"{name}: none of {len(candidates)} candidates can run\n{reasons}")
-    found.best = _fastest(found.medians_ms(), default)
+    found.best = fastest(found.medians_ms(), default)
     return found
 
 
@@ -166,7 +166,8 @@ def _timed(
         found.seconds.setdefault(label, []).append(seconds)
 
 
-def _fastest(medians: dict[str, float], default: str) -> str:
+def fastest(medians: Mapping[str, float], default: str) -> str:
+    """Return the label of the smallest time, or the default when that saves less than 2 %."""
     best = min(medians, key=lambda label: medians[label])
     if default in medians and medians[best] > medians[default] * (1 - _WORTH):
         return default
