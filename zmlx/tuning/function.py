@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
+from zmlx.tuning.arrays import arrays, leaves
 from zmlx.tuning.choose import choose
 from zmlx.tuning.config import (
     AutotuneConfig,
@@ -22,7 +23,6 @@ from zmlx.tuning.config import (
     usual,
 )
 from zmlx.tuning.identity import NoContent, Subject, digest, inputs_text, machine, text_of
-from zmlx.tuning.leaves import arrays, leaves
 from zmlx.tuning.store import Memory, default_store
 from zmlx.tuning.threadgroup import TUNED_BACKENDS
 

@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.definition import Definition
+from zmlx.tuning.arrays import dtype_name
 from zmlx.version import __version__
 
 _PLAIN = (int, float, complex, bool, bytes, type(None), type(Ellipsis))
@@ -102,11 +103,6 @@ def inputs_text(inputs: Sequence[Any]) -> str:
         (8, 1000) float32, (1000,) bfloat16, float
     """
     return ", ".join(_input_text(value) for value in inputs)
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Return a dtype's name without the module, such as "float32"."""
-    return str(dtype).rpartition(".")[2]
 
 
 def text_of(value: Any) -> str:

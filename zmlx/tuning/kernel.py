@@ -113,7 +113,7 @@ def autotune_kernel(
     found = task.run(warmup=warmup, rounds=iters, anew=True)
     if found is None:
         raise RuntimeError(
-            f"{task.name}: nothing can be timed inside a transformation (mx.compile, mx.grad, mx.vmap); "
+            f"{task.name}: nothing can be timed inside a transformation, such as mx.compile; "
             "tune outside, or call get_autotuned_config"
         )
     return found

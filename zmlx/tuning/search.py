@@ -14,8 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.tuning.identity import dtype_name
-from zmlx.tuning.leaves import arrays
+from zmlx.tuning.arrays import arrays, dtype_name
 from zmlx.tuning.timing import Call, batch_size, finish, in_turn
 from zmlx.tuning.tracing import refused
 

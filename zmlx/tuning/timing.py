@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.tuning.leaves import arrays
+from zmlx.tuning.arrays import arrays
 
 #: A call that returns arrays, or containers of them, lazily.
 Call = Callable[[], Any]
