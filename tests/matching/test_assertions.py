@@ -70,7 +70,7 @@ def one_nan(x):
 
 def of_the_buffer(x):
     """Read as if the input were row contiguous, as a kernel without strides does."""
-    return swish(mx.contiguous(base.T).reshape(x.shape)) if x.ndim == 2 else swish(x)
+    return swish(mx.contiguous(x.T).reshape(x.shape)) if x.ndim == 2 else swish(x)
 
 
 FAULTS = {
@@ -153,7 +153,12 @@ def test_special_values_are_expected_where_the_reference_has_them():
 
 
 def test_what_float16_cannot_hold_finer_is_right():
-    assert_matches(lambda x: x * 1e-6, lambda x: x * 1e-6, SHAPES, dtypes=[mx.float16])
+    def tiny(x):
+        return (x.astype(mx.float32) * 1e-6).astype(x.dtype)
+
+    assert_matches(tiny, lambda x: x * 1e-6, SHAPES, dtypes=[mx.float16])
+    with pytest.raises(AssertionError):
+        assert_matches(lambda x: tiny(x) * 0, lambda x: x * 1e-6, SHAPES, dtypes=[mx.float16])
 
 
 def test_what_is_too_large_for_the_dtype_may_be_infinite_or_largest():
