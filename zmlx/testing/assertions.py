@@ -191,7 +191,9 @@ class _Raised(Mismatch):
 
 
 def _raised(error: Exception) -> Mismatch:
-    return _Raised(f"raised {type(error).__name__}: {error}", float("inf"), error)
+    return _Raised(
+        f"raised {type(error).__name__}: {' '.join(str(error).split())}", float("inf"), error
+    )
 
 
 def _raise(kernel_fn: Callable[..., Any], failures: list[_Failure], total: int) -> None:
@@ -209,16 +211,11 @@ def _raise(kernel_fn: Callable[..., Any], failures: list[_Failure], total: int) 
     if others:
         lines.append("also:")
     for failure in others[:_MOST_LISTED]:
-        lines.append(f"  {failure.what}, {failure.case}: {_short(failure.mismatch.text)}")
+        lines.append(f"  {failure.what}, {failure.case}: {failure.mismatch.summary()}")
     if len(others) > _MOST_LISTED:
         lines.append(f"  and {len(others) - _MOST_LISTED} more")
     cause = worst.mismatch.error if isinstance(worst.mismatch, _Raised) else None
     raise AssertionError("\n".join(lines)) from cause
-
-
-def _short(text: str) -> str:
-    lines = text.splitlines()
-    return lines[0] if len(lines) < 3 else f"{lines[-1]}, {lines[0]}"
 
 
 def _results(result: Any) -> list[Any]:

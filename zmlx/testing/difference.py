@@ -44,6 +44,11 @@ class Mismatch:
     text: str
     severity: float
 
+    def summary(self) -> str:
+        """Return it in one line: how many elements are off, and the worst."""
+        lines = self.text.splitlines()
+        return lines[0] if len(lines) == 1 else f"{lines[-1]}, {lines[0]}"
+
 
 @dataclass(frozen=True)
 class Tolerance:

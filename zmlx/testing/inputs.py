@@ -42,6 +42,11 @@ class Case:
     layout: str
     seed: int
 
+    def subject(self) -> str:
+        """Return dtype and shapes as text, such as "float32 (8, 1000)"."""
+        shapes = " and ".join(map(str, dict.fromkeys(self.shapes)))
+        return f"{dtype_name(self.dtype)} {shapes}"
+
     def inputs(self) -> list[mx.array]:
         """Return row contiguous inputs; those of all layouts hold the same values."""
         return [
@@ -58,9 +63,8 @@ class Case:
         return [array if change is None else change(array) for array in arrays]
 
     def __str__(self) -> str:
-        """Name dtype, shapes and layout."""
-        shape = " and ".join(map(str, dict.fromkeys(self.shapes)))
-        return f"{dtype_name(self.dtype)} {shape}, {self.layout} inputs, seed {self.seed}"
+        """Name dtype, shapes, layout and seed."""
+        return f"{self.subject()}, {self.layout} inputs, seed {self.seed}"
 
 
 def cases(
