@@ -207,6 +207,12 @@ def test_a_test_that_could_not_fail_is_refused():
     assert_matches(lambda x: x * 0, lambda x: x * 0, [(0,)])  # nothing but shape and dtype
 
 
+def test_what_earlier_versions_took_is_ignored():
+    for check in (assert_matches, assert_gradient_matches):
+        with pytest.warns(DeprecationWarning, match="compute_dtype is ignored"):
+            check(swish, swish, SHAPES, compute_dtype=mx.float32)
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "text"),
     [

@@ -27,6 +27,7 @@ from zmlx.bench import environment
 from zmlx.bench.capsule import Capsule, Quantities, Run, collect
 from zmlx.bench.ceiling import copy_bandwidth
 from zmlx.console import wide_console
+from zmlx.deprecation import takes_compute_dtype
 from zmlx.testing.difference import Tolerance, mismatch
 from zmlx.testing.inputs import Case, ShapeLike, cases, widened
 from zmlx.tuning.arrays import arrays
@@ -216,6 +217,7 @@ class Comparison:
         ]
 
 
+@takes_compute_dtype
 def compare(
     implementations: Mapping[str, Callable[..., Any]],
     shapes: Sequence[ShapeLike],

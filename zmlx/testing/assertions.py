@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.deprecation import takes_compute_dtype
 from zmlx.testing.difference import Mismatch, Tolerance, mismatch, shows_something
 from zmlx.testing.inputs import Case, ShapeLike, cases, sample, widened
 from zmlx.tuning.arrays import leaves
@@ -24,6 +25,7 @@ class _Failure:
     mismatch: Mismatch
 
 
+@takes_compute_dtype
 def assert_matches(
     kernel_fn: Callable[..., Any],
     ref_fn: Callable[..., Any],
@@ -80,6 +82,7 @@ def assert_matches(
     _raise(kernel_fn, failures, len(every))
 
 
+@takes_compute_dtype
 def assert_gradient_matches(
     kernel_fn: Callable[..., Any],
     ref_fn: Callable[..., Any],

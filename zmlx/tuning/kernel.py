@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
+from zmlx.deprecation import takes_compute_dtype
 from zmlx.tuning.choose import choose
 from zmlx.tuning.config import (
     AutotuneConfig,
@@ -31,6 +32,7 @@ Grid = Sequence[int] | Callable[[AutotuneConfig], Sequence[int]]
 _OPAQUE: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
 
 
+@takes_compute_dtype
 def get_autotuned_config(
     kernel: Callable[..., Sequence[mx.array]],
     *,
@@ -80,6 +82,7 @@ def get_autotuned_config(
     return found.best_config if found is not None else task.usual
 
 
+@takes_compute_dtype
 def autotune_kernel(
     kernel: Callable[..., Sequence[mx.array]],
     *,

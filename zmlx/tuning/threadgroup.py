@@ -63,7 +63,7 @@ def best_threadgroup(
     if backend not in TUNED_BACKENDS:
         return usual
     kinds = tuple((v.shape, v.dtype) if isinstance(v, mx.array) else type(v) for v in inputs)
-    asked = (definition, backend, kinds, tuple(candidates), text_of(key))
+    asked = (definition, backend, kinds, tuple(candidates), key)
     if asked in _CHOSEN:
         return _CHOSEN[asked]
     subject = Subject(
