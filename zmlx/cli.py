@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("zmlx.profile.command:profile", "Show the release policy in force."),
     "family": ("zmlx.family.command:family", "Explain how a model is recognised."),
     "native": ("zmlx.backend.cpu.command:native", "Build, describe or clear the CPU kernels."),
+    "tune": ("zmlx.tuning.command:tune", "List, show or clear the results of tuning."),
 }
 
 
