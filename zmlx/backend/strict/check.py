@@ -66,10 +66,11 @@ def _check(parts: Parts) -> list[Diagnosis]:
     seen = outline([token for token in found if not token.directive])
     edits = rewrite.edits(found, seen)
     ran = compiler.run(parts.marked(edits))
-    diagnoses = [
-        *rules.broken(parts, found, seen),
-        *messages.diagnoses(ran.messages, parts, edits),
-        *module.faults(ran.module),
-    ]
+    broken = list(rules.broken(parts, found, seen))
+    known = {(d.part, d.line, d.column) for d in broken}
+    told = messages.diagnoses(ran.messages, parts, edits)
+    # What a rule says of a place is said in Metal's words; clang's follows from it.
+    diagnoses = [*broken, *(d for d in told if (d.part, d.line, d.column) not in known)]
+    diagnoses += module.faults(ran.module)
     order = {name: number for number, name in enumerate(parts.names)}
     return sorted(diagnoses, key=lambda d: (order.get(d.part, len(order)), d.line, d.column))

@@ -118,9 +118,9 @@ def _prelude(clang: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     handle, building = tempfile.mkstemp(dir=folder, suffix=".building")
     os.close(handle)
-    done = _clang([clang, *_FLAGS, "-c", "-Xclang", "-emit-pch", "-o", building, "-"], text)
+    done = _clang([clang, *_FLAGS, "-S", "-Xclang", "-emit-pch", "-o", building, "-"], text)
     if done.returncode:
-        os.unlink(building)
+        Path(building).unlink(missing_ok=True)  # clang may have removed it
         raise ClangUnavailable(f"{clang} does not take MLX's prelude:\n{done.stderr[-4000:]}")
     os.replace(building, kept)  # another process may have done the same: the files are equal
     return kept

@@ -23,10 +23,12 @@ _WORDS = [
     (re.compile(r"\b__constant\b"), "constant"),
     (re.compile(r"\b__generic\b ?"), ""),
     (re.compile(r"\bzmlx_word_"), ""),
+    (re.compile(r"no matching member function for call to 'zmlx_\w+'"), "no such lanes"),
     (re.compile(r"C\+\+ for OpenCL|OpenCL C?"), "Metal"),
     (re.compile(r"requires cl_khr_fp64(?: and __opencl_c_fp64)? support"), "is refused by Metal"),
     (re.compile(r" \[-W.*\]$"), ""),
 ]
+_SPACE = re.compile(r"\b(const|volatile|__\w+)\s+")
 #: Attributes of Metal that a text may use besides those that MLX gives variables for.
 _KNOWN = frozenset(ATTRIBUTES) | {
     *("buffer", "function_constant", "host_name", "kernel", "visible", "stitchable", "user"),
@@ -35,7 +37,7 @@ _KNOWN = frozenset(ATTRIBUTES) | {
 }
 #: What a message or its notes say -> what to do; the first that fits.
 _ADVICE = [
-    (r"bfloat", "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)"),
+    (r"(from|type) '(const )?(float|half)' to .*bfloat", "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)"),
     (r"double", "Metal has no double: write float, and 1.0f"),
     (r"narrowed", "write the conversion: T(x)"),
     (r"virtual", "Metal has no virtual functions: use templates"),
@@ -105,11 +107,19 @@ def _counts(message: _Message) -> bool:
     if message.kind == "warning":
         unknown = re.match(r"unknown attribute '(.*)' ignored", message.text)
         return bool(unknown) and unknown is not None and unknown[1] not in _KNOWN
-    # Metal copies a struct out of `constant` memory; clang's implicit copy cannot read there.
-    copies = "no matching constructor for initialization" in message.text and any(
-        "the implicit copy constructor" in note and "__constant" in note for note in message.notes
-    )
-    return not copies
+    return not _reads_constant(message)
+
+
+def _reads_constant(message: _Message) -> bool:
+    """Is this a copy out of `constant` memory, which Metal makes and clang does not?"""
+    both = re.match(r"incompatible operand types \('(.*)' and '(.*)'\)+$", message.text)
+    if both:
+        first, second = (_SPACE.sub("", side.split("(aka '")[-1].rstrip("')")) for side in both.groups())
+        return first == second
+    if not re.match(r"no matching constructor for init|no viable overloaded '='", message.text):
+        return False
+    copy = re.compile(r"the implicit copy (constructor|assignment operator)\) not viable.*__constant")
+    return any(copy.search(note) for note in message.notes)
 
 
 def _in_metal(text: str) -> str:

@@ -54,18 +54,21 @@ class ThreadgroupVariables:
         self.first = found[start]
         self.names: list[Token] = []
         self.initialised: Token | None = None
-        self._ends: list[Token] = []
+        self._ends: list[int] = []
         index = _type_end(found, start)
         while index < len(found) and found[index].kind == "name":
             self.names.append(found[index])
             index += 1
             while index < len(found) and found[index].text == "[":
                 index = closing(found, index) + 1
-            if index >= len(found) or found[index].text not in (",", ";"):
+            word = found[index].text if index < len(found) else "#"
+            # In a macro the declaration may end without a semicolon.
+            over = self.first.directive and (word == "#" or not found[index].directive)
+            if word not in (",", ";") and not over:
                 self.initialised = self.names[-1]
                 return
-            self._ends.append(found[index])
-            if found[index].text == ";":
+            self._ends.append(found[index - 1].end)
+            if word != ",":
                 return
             index += 1
 
@@ -74,7 +77,7 @@ class ThreadgroupVariables:
         for name, end in zip(self.names, self._ends, strict=False):
             yield name.start, "(&"
             yield name.end, ")"
-            yield end.start, " = zmlx_threadgroup_storage()"
+            yield end, " = zmlx_threadgroup_storage()"
 
 
 def threadgroup_variables(found: Sequence[Token]) -> Iterator[ThreadgroupVariables]:
@@ -85,7 +88,7 @@ def threadgroup_variables(found: Sequence[Token]) -> Iterator[ThreadgroupVariabl
         end = _type_end(found, index)
         if end + 1 >= len(found) or found[end].kind != "name":
             continue
-        if found[end + 1].text in ("[", ";", ",", "=", "{"):
+        if found[end + 1].text in ("[", ";", ",", "=", "{") or token.directive:
             yield ThreadgroupVariables(found, index)
 
 
@@ -233,19 +236,23 @@ class Method:
 
     def on_thread(self, others: Sequence[str]) -> Iterator[Edit]:
         """Yield what declares it for `thread` and for objects without a name, not for `others`."""
-        written = " ".join(token.text for token in self._tokens if token not in self._spaces())
-        copies = [f"{written} {space} = delete; " for space in others]
+        copies = [f"{self._in(space)} = delete; " for space in others]
         # What is constant or has its type deduced needs its body in both cases.
         if {"constexpr", "auto"} & {token.text for token in self._tokens}:
             yield from self.without_space()
         else:
-            copies.append(f"{written}; ")
+            copies.append(f"{self._in('')}; ")
             if not self.spaces:
-                yield self._tokens[-1].end, " thread "
+                behind = [t for t in self._tokens if t not in self._rest or t.text != "noexcept"]
+                yield behind[-1].end, " thread "
         yield self._tokens[0].start, "".join(copies)
 
-    def _spaces(self) -> Sequence[Token]:
-        return [token for token in self._rest if token.text in SPACES]
+    def _in(self, space: str) -> str:
+        """Return the declaration with another address space."""
+        head = [token.text for token in self._tokens if token not in self._rest]
+        rest = [token.text for token in self._rest if token.text not in SPACES]
+        rest.insert(len(rest) - rest.count("noexcept"), space)
+        return " ".join([*head, *rest])
 
 
 def _constants(seen: Outline) -> Iterator[Edit]:

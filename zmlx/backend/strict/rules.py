@@ -176,8 +176,9 @@ def _declarations(
     starts = [index for index, _ in seen.statements]
     starts += [i + 2 for i in range(len(code) - 2) if _is_for(code, i)]
     for index in starts:
-        sign = _declared(code[index : index + 40])
-        if sign:
+        words = code[index : index + 40]
+        sign = _declared(words)
+        if sign and _bare(words[: words.index(sign)], spaces):
             yield _fault(sign)
     for head in seen.heads:
         bare = without_template(head.tokens)
@@ -221,6 +222,8 @@ def _signs(code: Sequence[Token], spaces: set[str] | frozenset[str]) -> Iterator
     for index in range(2, len(code) - 1):
         token, after = code[index], code[index + 1].text
         if token.text not in _INDIRECT or after not in (")", ">"):
+            continue
+        if code[index - 1].text == "operator":
             continue
         words = _back(code, index)
         if words and words[0].kind == "name" and _bare(words, spaces):

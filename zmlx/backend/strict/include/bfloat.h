@@ -22,6 +22,10 @@ struct bfloat {
   // The implicit copy reads every address space but `constant`; a template is no copy constructor.
   template <int I = 0>
   constexpr bfloat(const constant bfloat& other) : bits(other.bits) {}
+  template <int I = 0>
+  void operator=(const constant bfloat& other) {
+    bits = other.bits;
+  }
   template <typename U, metal::enable_if_t<__is_integral(U), int> = 0>
   constexpr bfloat(U value) : bits(rounded(value)) {}
   template <typename U, metal::enable_if_t<__is_floating_point(U), long> = 0>
@@ -106,9 +110,21 @@ ZMLX_COMPARISON(>=)
 
 constexpr bfloat operator-(bfloat a) { return bfloat(-static_cast<float>(a)); }
 constexpr bfloat operator+(bfloat a) { return a; }
-constexpr bool operator!(bfloat a) { return static_cast<float>(a) == 0.0f; }
-constexpr bool operator&&(bfloat a, bfloat b) { return !!a && !!b; }
-constexpr bool operator||(bfloat a, bfloat b) { return !!a || !!b; }
+
+// Into another type: `f += b`.
+#define ZMLX_INTO(SPACE, OP)                                                                 \
+  template <                                                                                 \
+      typename U,                                                                            \
+      metal::enable_if_t<metal::zmlx_builtin<U> && !metal::is_same_v<U, half>, int> = 0>     \
+  SPACE U& operator OP(SPACE U& a, bfloat b);
+#define ZMLX_INTO_EACH(SPACE) \
+  ZMLX_INTO(SPACE, +=)        \
+  ZMLX_INTO(SPACE, -=)        \
+  ZMLX_INTO(SPACE, *=)        \
+  ZMLX_INTO(SPACE, /=)
+ZMLX_WRITABLE(ZMLX_INTO_EACH)
+#undef ZMLX_INTO_EACH
+#undef ZMLX_INTO
 
 // `b += 1.0f` would round a float to bfloat implicitly: only bfloat and integers are taken.
 #define ZMLX_COMPOUND(SPACE)                              \

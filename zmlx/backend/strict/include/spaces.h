@@ -18,6 +18,10 @@
 #define read_only zmlx_word_read_only
 #define write_only zmlx_word_write_only
 #define read_write zmlx_word_read_write
+#define atomic_int zmlx_word_atomic_int
+#define atomic_uint zmlx_word_atomic_uint
+#define atomic_ulong zmlx_word_atomic_ulong
+#define atomic_float zmlx_word_atomic_float
 
 #define METAL_FUNC inline
 #define __METAL__ 1

@@ -37,9 +37,6 @@ struct conditional<false, T, U> {
 template <bool B, typename T, typename U>
 using conditional_t = typename conditional<B, T, U>::type;
 
-template <typename...>
-using void_t = void;
-
 template <typename T, typename U>
 struct is_same : false_type {};
 template <typename T>
@@ -147,8 +144,6 @@ struct is_class : bool_constant<__is_class(T)> {};
 template <typename T>
 struct is_union : bool_constant<__is_union(T)> {};
 template <typename T>
-struct is_empty : bool_constant<__is_empty(T)> {};
-template <typename T>
 struct is_trivially_copyable : bool_constant<__is_trivially_copyable(T)> {};
 template <typename B, typename D>
 struct is_base_of : bool_constant<__is_base_of(B, D)> {};
@@ -186,7 +181,6 @@ ZMLX_VALUE(is_unsigned)
 ZMLX_VALUE(is_enum)
 ZMLX_VALUE(is_class)
 ZMLX_VALUE(is_union)
-ZMLX_VALUE(is_empty)
 ZMLX_VALUE(is_trivially_copyable)
 #undef ZMLX_VALUE
 template <typename T, typename U>

@@ -40,21 +40,24 @@ struct zmlx_lanes_of {
 #define ZMLX_READ(SPACE)                                         \
   template <typename I>                                          \
   T operator[](I lane) const SPACE;                              \
-  template <int... L>                                            \
+  template <int... L, enable_if_t<((L < zmlx_count) && ...), int> = 0> \
   vec<T, sizeof...(L)> zmlx_lanes() const SPACE;
 #define ZMLX_WRITE(SPACE)                                        \
   template <typename I>                                          \
   SPACE T& operator[](I lane) SPACE;                             \
-  template <int... L>                                            \
+  template <int... L, enable_if_t<((L < zmlx_count) && ...), int> = 0> \
   zmlx_lanes_of<T, sizeof...(L)> zmlx_set() SPACE;
 
 // What vectors of every width have: from one scalar, from a vector of other lanes, from a mixture
 // of vectors and scalars, and out of the constant address space.
 #define ZMLX_VECTOR(N)                                                                  \
+  static constexpr constant int zmlx_count = N;                                         \
   vec() = default;                                                                      \
   constexpr vec(const vec&) = default;                                                  \
   template <int I = 0>                                                                  \
   vec(const constant vec& other);                                                       \
+  template <int I = 0>                                                                  \
+  void operator=(const constant vec& other);                                            \
   template <typename U, enable_if_t<is_arithmetic_v<U> && is_convertible_v<U, T>, int> = 0>                            \
   constexpr vec(U value) : vec(zmlx_splat{}, static_cast<T>(value)) {}                  \
   template <typename U, enable_if_t<is_arithmetic_v<U> && !is_convertible_v<U, T>, long> = 0>                          \
