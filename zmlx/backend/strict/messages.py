@@ -37,7 +37,8 @@ _KNOWN = frozenset(ATTRIBUTES) | {
 }
 #: What a message or its notes say -> what to do; the first that fits.
 _ADVICE = [
-    (r"(from|type) '(const )?(float|half)' to .*bfloat", "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)"),
+    (r"'([\w ]* )?(float|half)' to .*bfloat", "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)"),
+    (r"bfloat.* to '([\w ]* )?half'", "between bfloat and half goes float: half(float(x))"),
     (r"double", "Metal has no double: write float, and 1.0f"),
     (r"narrowed", "write the conversion: T(x)"),
     (r"virtual", "Metal has no virtual functions: use templates"),

@@ -237,8 +237,10 @@ class Method:
     def on_thread(self, others: Sequence[str]) -> Iterator[Edit]:
         """Yield what declares it for `thread` and for objects without a name, not for `others`."""
         copies = [f"{self._in(space)} = delete; " for space in others]
-        # What is constant or has its type deduced needs its body in both cases.
-        if {"constexpr", "auto"} & {token.text for token in self._tokens}:
+        # What is constant or has its type deduced needs its body in both cases, unless that names
+        # the object's own address space.
+        words = {token.text for token in self._tokens if token not in self._rest}
+        if {"constexpr", "auto"} & words and "thread" not in words:
             yield from self.without_space()
         else:
             copies.append(f"{self._in('')}; ")
@@ -258,7 +260,8 @@ class Method:
 def _constants(seen: Outline) -> Iterator[Edit]:
     for head in seen.heads:
         words = {token.text for token in head.tokens}
-        if head.end.text == ";" and {"constant", "function_constant"} <= words:
+        declared = parameters(without_template(head.tokens)) is None
+        if head.end.text == ";" and "function_constant" in words and declared:
             yield head.end.start, " = {}"
 
 

@@ -23,6 +23,8 @@ struct bfloat {
   template <int I = 0>
   constexpr bfloat(const constant bfloat& other) : bits(other.bits) {}
   template <int I = 0>
+  constexpr bfloat(const constant bfloat& other) constant : bits(other.bits) {}
+  template <int I = 0>
   void operator=(const constant bfloat& other) {
     bits = other.bits;
   }

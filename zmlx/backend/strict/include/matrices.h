@@ -59,7 +59,7 @@ void simdgroup_multiply_accumulate(
 template <typename D, typename A, typename B, int N>
 void simdgroup_multiply(
     thread simdgroup_matrix<D, N, N>&, simdgroup_matrix<A, N, N>, simdgroup_matrix<B, N, N>);
-template <typename T, int C, int R>
+template <typename T, int C, int R = C>
 simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T);
 
 } // namespace metal

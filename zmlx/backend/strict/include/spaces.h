@@ -25,7 +25,7 @@
 
 #define METAL_FUNC inline
 #define __METAL__ 1
-#define __METAL_VERSION__ 310
+#define __METAL_VERSION__ 320
 #define __METAL_FAST_MATH__ true
 #define __METAL_PRECISE_MATH__ false
 #define __METAL_MAYBE_FAST_MATH__ false

@@ -57,6 +57,8 @@ struct zmlx_lanes_of {
   template <int I = 0>                                                                  \
   vec(const constant vec& other);                                                       \
   template <int I = 0>                                                                  \
+  vec(const constant vec& other) constant;                                              \
+  template <int I = 0>                                                                  \
   void operator=(const constant vec& other);                                            \
   template <typename U, enable_if_t<is_arithmetic_v<U> && is_convertible_v<U, T>, int> = 0>                            \
   constexpr vec(U value) : vec(zmlx_splat{}, static_cast<T>(value)) {}                  \
@@ -226,6 +228,14 @@ ZMLX_ALSO(half)
 ZMLX_ALSO(float)
 ZMLX_ALSO(bfloat)
 #undef ZMLX_ALSO
+
+// A value that is the same in all threads of a simdgroup.
+template <typename T>
+using uniform = T;
+template <typename T>
+constexpr T make_uniform(T value) {
+  return value;
+}
 
 template <typename T, size_t N>
 struct array {
