@@ -39,7 +39,19 @@ def check(
         ValueError: the arguments do not fit the definition.
     """
     arguments = signature.Arguments(input_dtypes, output_dtypes, template or (), input_shapes)
-    return _check(Parts(signature.parts(definition, arguments)))
+    found = _check(Parts(signature.parts(definition, arguments)))
+    return [*_open_end(definition.header), *found]
+
+
+def _open_end(header: str) -> list[Diagnosis]:
+    """Find a last line of a header that takes in the signature: MLX puts no line break between."""
+    *_, last = header.split("\n")
+    if not (last.lstrip().startswith("#") or "//" in last):
+        return []
+    message = "MLX writes the kernel behind the header's last line, which takes it in"
+    return [
+        Diagnosis("header", header.count("\n") + 1, 1, message, "end the header with a newline")
+    ]
 
 
 def check_text(text: str, *, name: str = "text") -> list[Diagnosis]:

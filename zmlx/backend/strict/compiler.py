@@ -95,8 +95,13 @@ def run(text: str) -> Run:
 
 def _clang(command: list[str], text: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, input=text, capture_output=True, encoding="utf-8", errors="replace",
-        check=False, timeout=TIME_LIMIT,
+        command,
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        timeout=TIME_LIMIT,
     )
 
 

@@ -27,6 +27,7 @@ _WORDS = [
     (re.compile(r"C\+\+ for OpenCL|OpenCL C?"), "Metal"),
     (re.compile(r"requires cl_khr_fp64(?: and __opencl_c_fp64)? support"), "is refused by Metal"),
     (re.compile(r" \[-W.*\]$"), ""),
+    (re.compile(r"^(unknown attribute '.*') ignored$"), r"\1"),
 ]
 _SPACE = re.compile(r"\b(const|volatile|__\w+)\s+")
 #: Attributes of Metal that a text may use besides those that MLX gives variables for.
@@ -37,7 +38,10 @@ _KNOWN = frozenset(ATTRIBUTES) | {
 }
 #: What a message or its notes say -> what to do; the first that fits.
 _ADVICE = [
-    (r"'([\w ]* )?(float|half)' to .*bfloat", "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)"),
+    (
+        r"'([\w ]* )?(float|half)' to .*bfloat",
+        "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)",
+    ),
     (r"bfloat.* to '([\w ]* )?half'", "between bfloat and half goes float: half(float(x))"),
     (r"double", "Metal has no double: write float, and 1.0f"),
     (r"narrowed", "write the conversion: T(x)"),
@@ -49,6 +53,7 @@ _ADVICE = [
     (r"assign to|read-only|not assignable|const-qualified", "constant and const are read only"),
     (r"address space|(device|threadgroup|constant|thread) \S+ ?\*", "take the same address space"),
     (r"undeclared|no member named|unknown type", "only Metal's own library and MLX's prelude"),
+    (r"unknown attribute", "Metal has no such attribute"),
     (r"file not found", "only Metal's own headers can be included"),
     (r"ambiguous", "give every argument the same type: float(x), T(x)"),
 ]
@@ -115,11 +120,15 @@ def _reads_constant(message: _Message) -> bool:
     """Is this a copy out of `constant` memory, which Metal makes and clang does not?"""
     both = re.match(r"incompatible operand types \('(.*)' and '(.*)'\)+$", message.text)
     if both:
-        first, second = (_SPACE.sub("", side.split("(aka '")[-1].rstrip("')")) for side in both.groups())
+        first, second = (
+            _SPACE.sub("", side.split("(aka '")[-1].rstrip("')")) for side in both.groups()
+        )
         return first == second
     if not re.match(r"no matching constructor for init|no viable overloaded '='", message.text):
         return False
-    copy = re.compile(r"the implicit copy (constructor|assignment operator)\) not viable.*__constant")
+    copy = re.compile(
+        r"the implicit copy (constructor|assignment operator)\) not viable.*__constant"
+    )
     return any(copy.search(note) for note in message.notes)
 
 

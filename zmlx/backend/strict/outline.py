@@ -108,10 +108,9 @@ def parameters(head: Sequence[Token]) -> tuple[int, int] | None:
     index = depth = 0
     while index < len(head):
         word = head[index].text
-        if word == "[[" or (word == "<" and index and head[index - 1].kind == "name"):
-            if not (word == "<" and head[index - 1].text == "operator"):
-                index = closing(head, index) + 1
-                continue
+        if word == "[[" or (word == "<" and index and _is_template(head[index - 1])):
+            index = closing(head, index) + 1
+            continue
         if word == "operator" and head[index + 1 : index + 3]:
             call = head[index + 1].text == "(" and head[index + 2].text == ")"
             if call:
@@ -126,6 +125,11 @@ def parameters(head: Sequence[Token]) -> tuple[int, int] | None:
             return (index, closing(head, index)) if named or before.text == ">" else None
         index += 1
     return None
+
+
+def _is_template(before: Token) -> bool:
+    """Does a `<` behind this token open arguments of a template?"""
+    return before.kind == "name" and before.text != "operator"
 
 
 def _is_type(head: Sequence[Token]) -> bool:
@@ -156,7 +160,7 @@ def _opened(scope: Scope, head: list[Token], parens: int) -> Scope:
         return Scope("namespace")
     if words[:1] == ["extern"] and len(words) == 2:
         return Scope("namespace")
-    if parens or "=" in words and parameters(bare) is None:
+    if parens or ("=" in words and parameters(bare) is None):
         return Scope("other")
     if {"struct", "class", "union"} & set(words[:2]) and parameters(bare) is None:
         return Scope("class", _class_name(bare))

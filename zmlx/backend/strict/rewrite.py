@@ -34,7 +34,12 @@ def edits(found: Sequence[Token], seen: Outline) -> list[Edit]:
         found: all tokens, those of directives too.
         seen: the outline of those that are of none.
     """
-    inserted = [*_swizzles(found, seen), *_literals(found), *_instantiations(found), *_methods(seen)]
+    inserted = [
+        *_swizzles(found, seen),
+        *_literals(found),
+        *_instantiations(found),
+        *_methods(seen),
+    ]
     inserted += [*_constants(seen), *_includes(found)]
     for declaration in threadgroup_variables(found):
         inserted += declaration.edits()
@@ -99,7 +104,9 @@ def _begins(found: Sequence[Token], index: int) -> bool:
     before = found[index - 1].text if index else ";"
     if before == ")" and not found[index].directive:
         return found[index - 1].directive or _is_alignas(found, index - 1)
-    return before in (";", "{", "}", ")", ":") or found[index - 1].directive != found[index].directive
+    return (
+        before in (";", "{", "}", ")", ":") or found[index - 1].directive != found[index].directive
+    )
 
 
 def _is_alignas(found: Sequence[Token], end: int) -> bool:
@@ -269,6 +276,6 @@ def _includes(found: Sequence[Token]) -> Iterator[Edit]:
     """All of Metal's headers are in one here."""
     for index in range(len(found) - 2):
         words = [token.text for token in found[index : index + 3]]
-        if found[index].directive and words[:2] == ["include", "<"]:
-            if words[2].startswith("metal_") or words[2] == "simd":
-                yield found[index].end, " <metal_stdlib> //"
+        metals = words[2].startswith("metal_") or words[2] == "simd"
+        if found[index].directive and words[:2] == ["include", "<"] and metals:
+            yield found[index].end, " <metal_stdlib> //"

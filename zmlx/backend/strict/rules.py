@@ -19,13 +19,20 @@ _REFUSED = {
     "dynamic_cast": "Metal has no type identification at run time",
 }
 _INDIRECT = ("*", "&", "&&")
+#: Words that begin statements, so that no type stands there.
 _NO_TYPE = frozenset(
-    "return else case delete throw goto do new sizeof break continue if while for switch using "
-    "namespace default operator public private protected template".split()
+    [
+        *("return", "else", "case", "delete", "throw", "goto", "do", "new", "sizeof", "break"),
+        *("continue", "if", "while", "for", "switch", "using", "namespace", "default", "operator"),
+        *("public", "private", "protected", "template"),
+    ]
 )
+#: Words before the type of a declaration.
 _QUALIFIERS = frozenset(
-    "const constexpr volatile static inline typename struct unsigned signed extern typedef "
-    "METAL_FUNC friend mutable explicit".split()
+    [
+        *("const", "constexpr", "volatile", "static", "inline", "typename", "struct", "unsigned"),
+        *("signed", "extern", "typedef", "METAL_FUNC", "friend", "mutable", "explicit"),
+    ]
 )
 _POINT = "name one of device, threadgroup, constant, thread before the type it points to"
 _REFER = "name one of device, threadgroup, constant, thread before the type it refers to"
@@ -60,9 +67,7 @@ def _refused(code: Sequence[Token]) -> Iterator[_Fault]:
             yield token, f"{token.text!r} is no word of Metal", _REFUSED[token.text]
 
 
-def _threadgroup(
-    found: Sequence[Token], code: Sequence[Token], seen: Outline
-) -> Iterator[_Fault]:
+def _threadgroup(found: Sequence[Token], code: Sequence[Token], seen: Outline) -> Iterator[_Fault]:
     kernel = {code[index].start: scope.kernel for index, scope in seen.statements}
     for variables in threadgroup_variables(found):
         if variables.initialised:
