@@ -552,7 +552,8 @@ HEADERS = {
     ),
     "functors": (
         "struct Add { template <typename T> T operator()(T a, T b) { return a + b; } };\n"
-        "template <typename Op, typename T>\nT apply(T a, T b) { Op op; return op(a, b) + Op()(a, b); }",
+        "template <typename Op, typename T>\nT apply(T a, T b) {\n"
+        "  Op op;\n  return op(a, b) + Op()(a, b);\n}",
         "out[0] = apply<Add>(x[0], y[0]);",
     ),
     "arrays as parameters": (
@@ -565,7 +566,8 @@ HEADERS = {
         "T a[twice<N>()] = {0}; out[0] = a[0];",
     ),
     "macros": (
-        "#define OUT device\n#define TILE(n) threadgroup float tile[n]\n#define SQ(a) ((a) * (a))\n",
+        "#define OUT device\n#define TILE(n) threadgroup float tile[n]\n"
+        "#define SQ(a) ((a) * (a))\n",
         "TILE(32); tile[0] = 1; OUT T* p = out; p[0] = T(SQ(tile[0]));",
     ),
     "includes": ("#include <metal_stdlib>\n#include <metal_math>\nusing namespace metal;", USE),
