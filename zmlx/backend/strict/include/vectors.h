@@ -1,4 +1,4 @@
-// Vectors of 2, 3 and 4 lanes. `v.xyz` is written `v.template zmlx_lanes<0, 1, 2>()` by the checker.
+// Vectors of 2, 3 and 4 lanes. For `v.xyz` the checker puts `v.template zmlx_lanes<0, 1, 2>()`.
 #pragma once
 
 namespace metal {
@@ -60,9 +60,9 @@ struct zmlx_lanes_of {
   vec(const constant vec& other) constant;                                              \
   template <int I = 0>                                                                  \
   void operator=(const constant vec& other);                                            \
-  template <typename U, enable_if_t<is_arithmetic_v<U> && is_convertible_v<U, T>, int> = 0>                            \
+  template <typename U, enable_if_t<is_arithmetic_v<U> && is_convertible_v<U, T>, int> = 0> \
   constexpr vec(U value) : vec(zmlx_splat{}, static_cast<T>(value)) {}                  \
-  template <typename U, enable_if_t<is_arithmetic_v<U> && !is_convertible_v<U, T>, long> = 0>                          \
+  template <typename U, enable_if_t<is_arithmetic_v<U> && !is_convertible_v<U, T>, long> = 0> \
   explicit constexpr vec(U value) : vec(zmlx_splat{}, static_cast<T>(value)) {}         \
   template <typename U, enable_if_t<!is_same_v<U, T>, int> = 0>                         \
   explicit vec(vec<U, N> other);                                                        \
