@@ -118,6 +118,25 @@ def test_a_run_of_a_right_and_of_a_wrong_kernel():
         assert run["reference_us"] > 0
 
 
+@pytest.mark.parametrize(
+    ("backend", "part"),
+    [("cuda", "__shared__ float partial[32]"), ("emulator", 'extern "C"')],
+)
+def test_a_kernel_is_shown_as_other_backends_compile_it(backend, part):
+    text = call("show", "rmsnorm", "--backend", backend).stdout
+    assert part in text
+    assert "squares += a * a;" in text
+
+
+def test_a_run_in_the_emulator():
+    found = json.loads(
+        call("run", "rmsnorm", "--backend", "emulator", "--json", "--repeats", "1").stdout
+    )
+    assert found["backend"] == "emulator"
+    assert len(found["runs"]) == len(configurations(SPECS["rmsnorm"])) == 12
+    assert all(run["error"] < run["allowed"] and not run["fault"] for run in found["runs"])
+
+
 def test_a_kernel_that_raises_is_a_fault(monkeypatch):
     def broken(self):
         raise RuntimeError("no such luck")

@@ -117,11 +117,8 @@ def compiled_text(spec: KernelSpec, backend: str) -> str:
     assert spec.definition is not None
     sample = spec.sample(**configurations(spec)[0])
     mx.eval(sample.args)
-    call = bound(spec, sample.kwargs)
-    geometry = call.geometry(sample.args)
-    assert geometry is not None
     text = import_module(f"zmlx.backend.{backend}").text
-    return str(text(spec.definition, **call.arguments(geometry, sample.args)))
+    return str(text(spec.definition, **bound(spec, sample.kwargs).arguments(sample.args)))
 
 
 def find(name: str) -> KernelSpec:

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from zmlx.backend import current
 from zmlx.backend.cpu import native
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
 from zmlx.kernels.calling import Geometry, bound, native_serves, several
 
@@ -129,9 +129,18 @@ class KernelSpec:
             raise KernelUnavailable(f"{self.name} has no {backend} kernel")
         if backend == "cpu":
             return self._native()
-        assert self.definition is not None
-        launch = launcher(self.definition, backend)
+        launch = self.launch(backend)
         return lambda *arrays, **options: bound(self, options).launched(launch, arrays)
+
+    def launch(self, backend: str) -> Launch:
+        """Return the compiled source.
+
+        Raises:
+            KernelUnavailable: there is no source.
+        """
+        if self.definition is None:
+            raise KernelUnavailable(f"{self.name} has no {backend} kernel")
+        return launcher(self.definition, backend)
 
     def _native(self) -> Callable[..., mx.array]:
         try:
