@@ -42,7 +42,7 @@ _CONSTANTS = {
 }
 
 #: What a buffer may be given: an array, or numbers of the type that the function declares.
-Buffer = mx.array | bool | int | float | Sequence[int]
+Buffer = mx.array | bool | int | float | list[int] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class _Parameter:
         name: its name.
         kind: its type without address space, const, and `*` or `&`.
         reference: whether it is a reference, not a pointer.
-        buffer: the number of its buffer; None for one with a position's attribute.
+        buffer: the number of its buffer; -1 for one with a position's attribute.
         attribute: the position's attribute.
     """
 
     name: str
     kind: str
     reference: bool
-    buffer: int | None
+    buffer: int
     attribute: str = ""
 
 
@@ -94,11 +94,11 @@ class Function:
         seen = {_path(file) for file in _IN_PRELUDE}
         text = "".join(_inlined(_path(file), seen) for file in files)
         text = rewriting.threadgroup_variables(rewriting.function_constants(text, constants or {}))
-        buffers = [p for p in self._parameters if p.buffer is not None]
+        buffers = [p for p in self._parameters if p.buffer >= 0]
         self._slots = {p.buffer: index for index, p in enumerate(buffers)}
         arguments = [
             assembly.position(p.attribute)
-            if p.buffer is None
+            if p.buffer < 0
             else f"zmlx::{'Reference' if p.reference else 'Pointer'}{{b[{self._slots[p.buffer]}]}}"
             for p in self._parameters
         ]
@@ -142,7 +142,6 @@ class Function:
         parts = []
         for parameter in self._buffers:
             number = parameter.buffer
-            assert number is not None
             if number in outputs:
                 parts.append((assembly.OUTPUT, numbers.index(number), parameter.name))
             elif number in buffers:
@@ -223,7 +222,7 @@ def _parameters_of(name: str, text: str, file: str) -> list[_Parameter]:
         words = _ATTRIBUTE.sub("", declared).strip()
         kind, _, identifier = re.sub(r"([*&])", r" \1 ", words).rpartition(" ")
         position = next((a for a in found if a in assembly.ATTRIBUTES), "")
-        number = None
+        number = -1
         if not position:
             given = next((_BUFFER.search(a) for a in found if _BUFFER.search(a)), None)
             number = int(given[1]) if given else free
