@@ -338,7 +338,7 @@ _ROWS = (
         ("where(a > b, 1, 0)", "where(a <= b, 1, 0)"),
         result="whole",
         prelude=_MAX,
-        aliases=("maximum",),
+        aliases=("maximum", "fmax"),
     ),
     Function(
         "min",
@@ -349,7 +349,7 @@ _ROWS = (
         ("where(a < b, 1, 0)", "where(a >= b, 1, 0)"),
         result="whole",
         prelude=_MIN,
-        aliases=("minimum",),
+        aliases=("minimum", "fmin"),
     ),
     Function("floor", 1, "metal::floor", mx.floor, math.floor, ("0",)),
     Function("ceil", 1, "metal::ceil", mx.ceil, math.ceil, ("0",)),

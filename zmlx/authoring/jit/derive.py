@@ -430,7 +430,8 @@ def _active(function: Function) -> dict[str, set[int]]:
         changed = False
         for statement in statements:
             if isinstance(statement, Assign):
-                names, found = (statement.name,), _depends(statement.value, active)
+                names: tuple[str, ...] = (statement.name,)
+                found = _depends(statement.value, active)
             else:
                 names = statement.names
                 found = set().union(*(_depends(a, active) for a in statement.call.arguments))
@@ -465,10 +466,10 @@ def _expression(node: ast.expr, named: dict[str, Expression]) -> Expression:
             return _minus(_expression(operand, named))
         case ast.BinOp(left=left, op=op, right=right):
             pair = _expression(left, named), _expression(right, named)
-            return Binary(_SHOWN[type(op)], *pair, Kind.FLOAT)  # type: ignore[index]
+            return Binary(_SHOWN[type(op)], *pair, Kind.FLOAT)
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             pair = _expression(left, named), _expression(right, named)
-            return Compare(_COMPARED[type(op)], *pair)  # type: ignore[index]
+            return Compare(_COMPARED[type(op)], *pair)
         case ast.Call(func=ast.Name(id="where"), args=arguments):
             condition, yes, no = (_expression(argument, named) for argument in arguments)
             return Select(condition, yes, no, Kind.FLOAT)

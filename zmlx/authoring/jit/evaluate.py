@@ -94,19 +94,19 @@ def evaluate(
 
 
 def _and(mask: _Mask, other: mx.array | bool) -> _Mask:
-    if mask is None or other is False:
-        return None if other is True else other
-    if mask is False or other is True:
-        return mask
-    return mx.logical_and(mask, other)
+    if isinstance(other, bool):
+        return mask if other else False
+    if mask is None:
+        return other
+    return mx.logical_and(mask, other) if isinstance(mask, mx.array) else mask
 
 
 def _or(one: _Mask, other: _Mask) -> _Mask:
     if one is None or other is None:
         return None
-    if one is False or other is False:
-        return other if one is False else one
-    return mx.logical_or(one, other)
+    if isinstance(one, bool):
+        return other
+    return one if isinstance(other, bool) else mx.logical_or(one, other)
 
 
 def _not(value: mx.array | bool) -> mx.array | bool:
@@ -155,8 +155,8 @@ class _Evaluation:
             case Assign(name=name, value=value):
                 self._store(frame, name, self._value(value, frame, mask), mask)
             case Unpack(names=names, call=call):
-                for name, value in zip(names, self._apply(call, frame, mask), strict=True):
-                    self._store(frame, name, value, mask)
+                for name, result in zip(names, self._apply(call, frame, mask), strict=True):
+                    self._store(frame, name, result, mask)
             case If():
                 return self._if(statement, frame, mask)
             case For():
@@ -232,7 +232,7 @@ class _Evaluation:
         if isinstance(mask, mx.array):
             turns = mx.where(mask, turns, 0)
         try:
-            return int(turns.max().item()) if turns.size else 0
+            return int(turns.max().item()) if turns.size else 0  # type: ignore[arg-type]
         except ValueError as error:
             raise LengthUnknown(
                 "the length of a loop depends on an array, which mx.compile and mx.vmap keep from "
@@ -295,7 +295,7 @@ class _Evaluation:
         if not isinstance(left, mx.array):
             return left if bool(left) is decisive else self._value(node.right, frame, mask)
         asked = _not(left) if decisive else left
-        right = self._value(node.right, frame, self._narrowed(mask, asked, node.right))
+        right = self._array(self._value(node.right, frame, self._narrowed(mask, asked, node.right)))
         return mx.logical_or(left, right) if decisive else mx.logical_and(left, right)
 
     def _array(self, value: _Value) -> mx.array:

@@ -51,10 +51,10 @@ class Kernel:
 
     def _check(self) -> None:
         limit = 2**63 if self.integer == mx.int64 else 2**31
-        nodes = (node for each in reachable(self.function) for node in expressions(each))
-        for node in nodes:
-            whole = isinstance(node, Constant) and node.kind == Kind.INT
-            if whole and not -limit <= node.value < limit:
+        for node in (node for each in reachable(self.function) for node in expressions(each)):
+            if not isinstance(node, Constant) or node.kind != Kind.INT:
+                continue
+            if not -limit <= node.value < limit:
                 raise OverflowError(
                     f"{self.function.name}: the whole number {node.value} does not fit in "
                     f"{self.integer}; write it as a float, or pass an int64 argument"

@@ -6,7 +6,6 @@ import builtins
 import math
 import numbers
 import types
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -45,8 +44,8 @@ _FORMS: dict[Any, str] = {
     np.where: "where",
 }
 
-#: Names that reduce an array in MLX and NumPy, and take two numbers in Python.
-_REDUCTIONS = ("max", "min")
+#: Names of the table that mean something else in MLX and NumPy: reductions, or dropping a NaN.
+_DIFFERENT = ("max", "min", "fmax", "fmin")
 
 
 @cache
@@ -56,14 +55,14 @@ def _callables() -> dict[Any, str]:
     for name, function in FUNCTIONS.items():
         for module in (math, mx, np):
             found = getattr(module, name, None)
-            if found is not None and (module is math or name not in _REDUCTIONS):
+            if found is not None and (module is math or name not in _DIFFERENT):
                 known.setdefault(found, function.name)
     return known
 
 
 def meaning(value: Any) -> str | None:
     """Return what a Python function is called in the language; None when it is not in it."""
-    if not isinstance(value, Callable):  # type: ignore[arg-type]
+    if not callable(value):
         return None
     try:
         return _callables().get(value)
