@@ -336,6 +336,8 @@ class _Evaluation:
         return -value if shown == "-" else mx.bitwise_invert(value)
 
     def _arithmetic(self, shown: str, left: _Value, right: _Value) -> _Value:
+        if shown in "&|^" and (isinstance(left, mx.array) or isinstance(right, mx.array)):
+            left, right = self._array(left), self._array(right)
         value = _ARITHMETIC[shown](left, right)
         if isinstance(value, mx.array | bool):
             return value

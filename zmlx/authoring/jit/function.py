@@ -68,10 +68,10 @@ class JitFunction:
             TypeError: an argument is neither an array nor a number, or there are too many.
         """
         try:
-            call = self._made[tuple([(a.dtype, a.ndim) for a in arguments])]
-        except (KeyError, AttributeError):
-            return self._first_call(arguments, named)
-        if named:
+            call = self._made.get(tuple([(a.dtype, a.ndim) for a in arguments]))
+        except AttributeError:  # a Python number, or something wrong
+            call = None
+        if call is None or named:
             return self._first_call(arguments, named)
         if len(arguments) > 1:
             first, *others = [a.shape for a in arguments if a.ndim]
