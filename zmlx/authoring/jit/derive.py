@@ -14,6 +14,7 @@ the derivative of `log(x) if x > 0 else 0` is 0 at x = 0, not NaN. Corners are t
 from __future__ import annotations
 
 import ast
+from collections.abc import Container, Iterable
 from functools import cache
 
 from zmlx.authoring.functions import FUNCTIONS
@@ -76,30 +77,23 @@ class Derivatives:
 
         It takes f's parameters and one g for each FLOAT result.
         """
-        given = [(f"g {index}", Kind.FLOAT) for index in float_results(function)]
-        return self._contracted(function, "gradients", given, over_results=True)
+        return self._contracted(function, "gradients", over_results=True)
 
     def tangents(self, function: Function) -> Function:
         """Return for every FLOAT result the sum of derivative * t over the FLOAT parameters.
 
         It takes f's parameters and one t for each FLOAT parameter.
         """
-        given = [(f"t {index}", Kind.FLOAT) for index in float_parameters(function)]
-        return self._contracted(function, "tangents", given, over_results=False)
+        return self._contracted(function, "tangents", over_results=False)
 
-    def _contracted(
-        self,
-        function: Function,
-        name: str,
-        given: list[tuple[str, Kind]],
-        *,
-        over_results: bool,
-    ) -> Function:
+    def _contracted(self, function: Function, name: str, *, over_results: bool) -> Function:
         partials = self.partials(function)
         variables = {name: function.variables[name] for name in function.parameters}
         primals = tuple(Variable(name, kind) for name, kind in variables.items())
-        variables.update(given)
-        taken = [f"value {index}" for index in range(len(partials.results))]
+        weighted = float_results(function) if over_results else float_parameters(function)
+        given = [_fresh(f"{'g' if over_results else 't'} {i}", variables) for i in weighted]
+        variables.update(dict.fromkeys(given, Kind.FLOAT))
+        taken = [_fresh(f"value {i}", variables) for i in range(len(partials.results))]
         variables.update(zip(taken, partials.results, strict=True))
         rows, columns = len(float_results(function)), len(float_parameters(function))
         table = [
@@ -109,7 +103,7 @@ class Derivatives:
             ]
             for row in range(rows)
         ]
-        weights = [Variable(name, kind) for name, kind in given]
+        weights = [Variable(name, Kind.FLOAT) for name in given]
         if over_results:
             sums = [
                 _sum(_times(weights[r], table[r][c]) for r in range(rows)) for c in range(columns)
@@ -121,16 +115,23 @@ class Derivatives:
         body = (Unpack(tuple(taken), Apply(partials, primals)), Return(tuple(sums)))
         return Function(
             f"{function.name} {name}",
-            (*function.parameters, *(name for name, _ in given)),
+            (*function.parameters, *given),
             variables,
             body,
             (Kind.FLOAT,) * len(sums),
         )
 
 
-def _sum(terms: object) -> Expression:
+def _fresh(name: str, taken: Container[str]) -> str:
+    """Return a name that no variable has: a derivative's own derivative has all of these again."""
+    while name in taken:
+        name += " "
+    return name
+
+
+def _sum(terms: Iterable[Expression]) -> Expression:
     whole: Expression = _ZERO
-    for term in terms:  # type: ignore[attr-defined]
+    for term in terms:
         whole = _plus(whole, term)
     return whole
 
@@ -185,6 +186,7 @@ class _Forward:
             if isinstance(statement, Unpack)
             for name in statement.names
         }
+        self._tangents: dict[tuple[str, int], str] = {}
         self._temporaries = 0
         self._out: list[Statement] = []
 
@@ -248,13 +250,16 @@ class _Forward:
         self._out.append(Return((*results, *derivatives)))
 
     def _tangent(self, name: str, index: int) -> str:
-        tangent = f"d {name} {self._function.parameters[index]}"
-        self._variables[tangent] = Kind.FLOAT
-        return tangent
+        """Return the name of a variable's derivative by a parameter."""
+        if (name, index) not in self._tangents:
+            wanted = f"d {name} {self._function.parameters[index]}"
+            self._tangents[name, index] = tangent = _fresh(wanted, self._variables)
+            self._variables[tangent] = Kind.FLOAT
+        return self._tangents[name, index]
 
     def _temporary(self, kind: Kind) -> Variable:
         self._temporaries += 1
-        name = f"part {self._temporaries}"
+        name = _fresh(f"part {self._temporaries}", self._variables)
         self._variables[name] = kind
         return Variable(name, kind)
 

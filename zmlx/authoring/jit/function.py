@@ -112,7 +112,10 @@ class JitFunction:
         return call(*arrays)
 
     def _bound(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-        bound = inspect.signature(self.__wrapped__).bind(*arguments, **named)
+        try:
+            bound = inspect.signature(self.__wrapped__).bind(*arguments, **named)
+        except TypeError as error:
+            raise TypeError(f"{self.definition.name}: {error}") from None
         bound.apply_defaults()
         return bound.args
 

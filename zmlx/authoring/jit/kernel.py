@@ -14,7 +14,7 @@ from zmlx.authoring.jit.evaluate import LengthUnknown, evaluate
 from zmlx.authoring.jit.ir import Constant, Function, Kind, expressions, reachable
 from zmlx.authoring.jit.metal import LARGE_ROW, Port, Text, write
 from zmlx.backend import for_kernels
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
 from zmlx_autopatch import variables
 
@@ -48,6 +48,7 @@ class Kernel:
         self._full = next((i for i, port in enumerate(inputs) if not port.scalar), 0)
         self._dtypes = list(outputs)
         self._definitions: dict[bool, Definition] = {}
+        self._launches: dict[tuple[str, bool], Launch] = {}
 
     def _check(self) -> None:
         limit = 2**63 if self.integer == mx.int64 else 2**31
@@ -102,7 +103,11 @@ class Kernel:
     def _launch(self, backend: str, arrays: Sequence[mx.array], full: mx.array) -> list[mx.array]:
         count = full.size
         large = count >= 2**31
-        return launcher(self.definition(large=large), backend)(
+        launch = self._launches.get((backend, large))
+        if launch is None:
+            launch = launcher(self.definition(large=large), backend)
+            self._launches[backend, large] = launch
+        return launch(
             inputs=arrays,
             output_shapes=[full.shape] * len(self._dtypes),
             output_dtypes=self._dtypes,

@@ -123,7 +123,7 @@ class _Pass(Expressions):
         values = self._values(value)
         if len(targets) == 1 and not isinstance(targets[0], ast.Tuple | ast.List):
             if len(values) != 1:
-                raise self.error(targets[0], f"{len(values)} values for one name")
+                raise self.error(targets[0], f"{_counted(len(values))} for one name")
             self._store(self._target(targets[0]), values[0])
             return
         # All values are there before the first name changes: a, b = b, a.
@@ -133,7 +133,7 @@ class _Pass(Expressions):
             if len(parts) != len(kept):
                 if not self._final:  # a call whose kinds do not fit yet stands in with one value
                     continue
-                raise self.error(target, f"{len(kept)} values for {len(parts)} names")
+                raise self.error(target, f"{_counted(len(kept))} for {len(parts)} names")
             for part, each in zip(parts, kept, strict=True):
                 self._store(self._target(part), each)
 
@@ -206,3 +206,7 @@ class _Pass(Expressions):
         name = f"value {self._temporaries}"
         self._widen(name, kind)
         return Variable(name, self.variables[name])
+
+
+def _counted(values: int) -> str:
+    return "1 value" if values == 1 else f"{values} values"
