@@ -200,23 +200,52 @@ class _Evaluation:
             for bound in (statement.start, statement.stop, statement.step)
         )
         turns = self._turns(start, stop, step)
-        most = turns if isinstance(turns, int) else self._most(turns, mask)
         loop = _Loop()
         frame.loops.append(loop)
-        for turn in range(most):
-            running = mask if isinstance(turns, int) else _and(mask, turns > turn)
-            moved = self._arithmetic("*", step, turn)
-            self._store(frame, statement.name, self._arithmetic("+", start, moved), running)
-            end = self._block(statement.body, frame, running)
-            if end is not running:
-                # Those whose turns were over stay in; those that returned or broke do not.
-                over = False if isinstance(turns, int) else _and(mask, turns <= turn)
-                mask = _or(_or(end, loop.continued), over)
-                loop.continued = False
-                if mask is False:
-                    break
+        if isinstance(turns, int):
+            mask = self._turn_together(statement, frame, mask, start, step, turns)
+        else:
+            for turn in range(self._most(turns, mask)):
+                running = _and(mask, turns > turn)
+                self._store(frame, statement.name, self._counted(start, step, turn), running)
+                end = self._block(statement.body, frame, running)
+                if end is not running:
+                    # Those whose turns were over stay in; those that returned or broke do not.
+                    over = _and(mask, turns <= turn)
+                    mask = _or(_or(end, loop.continued), over)
+                    loop.continued = False
         frame.loops.pop()
         return _or(mask, loop.broken)
+
+    def _turn_together(
+        self, statement: For, frame: _Frame, mask: _Mask, start: _Value, step: _Value, turns: int
+    ) -> _Mask:
+        """Make the same turns for all elements; while they last the counter is one for all.
+
+        Bounds of inner loops that depend on it are then known. Elements that break keep theirs.
+        """
+        name, loop, entered = statement.name, frame.loops[-1], mask
+        before, left = frame.values.get(name), None
+        for turn in range(turns):
+            broken = loop.broken
+            frame.values[name] = self._counted(start, step, turn)
+            end = self._block(statement.body, frame, mask)
+            if loop.broken is not broken:
+                own = frame.values[name]
+                left = own if left is None else self._merged(broken, left, own)
+            if end is not mask:
+                mask = _or(end, loop.continued)
+                loop.continued = False
+            if mask is False:
+                break
+        if turns and left is not None and loop.broken is not None:
+            frame.values[name] = self._merged(loop.broken, left, frame.values[name])
+        if turns and before is not None:
+            frame.values[name] = self._merged(entered, frame.values[name], before)
+        return mask
+
+    def _counted(self, start: _Value, step: _Value, turn: int) -> _Value:
+        return self._arithmetic("+", start, self._arithmetic("*", step, turn))
 
     def _turns(self, start: _Value, stop: _Value, step: _Value) -> int | mx.array:
         """Return how many turns a loop makes; 0 where the step is zero."""

@@ -173,7 +173,7 @@ class _Pass(Expressions):
         if len(self.results) != len(values):
             raise self.error(
                 statement,
-                f"returns {len(values)} values where another path returns {len(self.results)}",
+                f"returns {_counted(len(values))} where another path returns {len(self.results)}",
             )
         self.results = [max(a, b.kind) for a, b in zip(self.results, values, strict=True)]
         self._out.append(
