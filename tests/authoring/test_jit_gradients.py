@@ -167,7 +167,9 @@ def test_a_cotangent_is_multiplied_in():
         assert mx.allclose(value, one * weights, atol=1e-6).item()
 
 
-def test_directional_derivatives():
+def test_directional_derivatives(monkeypatch):
+    # mx.jvp asks the kernel itself, and MLX's custom kernels have no answer.
+    monkeypatch.setenv("ZMLX_BACKEND", "reference")
     x, y = (mx.array(v) for v in points(19))
     s, t = mx.sin(x * 5), mx.cos(y * 3)
     kernel = KERNELS["calling"]

@@ -5,7 +5,6 @@ differentiated again like any other:
 
     partials   (x, ...) -> f's results, then the derivative of each by each parameter
     gradients  (x, ..., g, ...) -> sum of g * derivative over the results, for each parameter
-    tangents   (x, ..., t, ...) -> sum of derivative * t over the parameters, for each result
 
 Only FLOAT results and parameters have derivatives. What is not taken by a branch does not count:
 the derivative of `log(x) if x > 0 else 0` is 0 at x = 0, not NaN. Corners are the table's.
@@ -77,21 +76,10 @@ class Derivatives:
 
         It takes f's parameters and one g for each FLOAT result.
         """
-        return self._contracted(function, "gradients", over_results=True)
-
-    def tangents(self, function: Function) -> Function:
-        """Return for every FLOAT result the sum of derivative * t over the FLOAT parameters.
-
-        It takes f's parameters and one t for each FLOAT parameter.
-        """
-        return self._contracted(function, "tangents", over_results=False)
-
-    def _contracted(self, function: Function, name: str, *, over_results: bool) -> Function:
         partials = self.partials(function)
         variables = {name: function.variables[name] for name in function.parameters}
         primals = tuple(Variable(name, kind) for name, kind in variables.items())
-        weighted = float_results(function) if over_results else float_parameters(function)
-        given = [_fresh(f"{'g' if over_results else 't'} {i}", variables) for i in weighted]
+        given = [_fresh(f"g {i}", variables) for i in float_results(function)]
         variables.update(dict.fromkeys(given, Kind.FLOAT))
         taken = [_fresh(f"value {i}", variables) for i in range(len(partials.results))]
         variables.update(zip(taken, partials.results, strict=True))
@@ -104,17 +92,10 @@ class Derivatives:
             for row in range(rows)
         ]
         weights = [Variable(name, Kind.FLOAT) for name in given]
-        if over_results:
-            sums = [
-                _sum(_times(weights[r], table[r][c]) for r in range(rows)) for c in range(columns)
-            ]
-        else:
-            sums = [
-                _sum(_times(table[r][c], weights[c]) for c in range(columns)) for r in range(rows)
-            ]
+        sums = [_sum(_times(weights[r], table[r][c]) for r in range(rows)) for c in range(columns)]
         body = (Unpack(tuple(taken), Apply(partials, primals)), Return(tuple(sums)))
         return Function(
-            f"{function.name} {name}",
+            f"{function.name} gradients",
             (*function.parameters, *given),
             variables,
             body,

@@ -268,9 +268,12 @@ def jit(function: Callable[..., Any]) -> JitFunction:
     nearest that fits, NaN as 0). A local has the widest kind that is assigned to it anywhere.
     `x: int`, `x: float` and `x: bool` fix what a parameter is; others follow the array's dtype.
 
-    The result runs on every backend and under mx.compile, mx.vmap, mx.grad, mx.vjp and mx.jvp, to
-    any order. Gradients are kernels as well, derived by forward accumulation; at corners of `abs`,
-    `min` and `max` they are MLX's. On the CPU MLX operations with masks take the kernel's place.
+    The result runs on every backend and under mx.compile, mx.vmap, mx.grad and mx.vjp, gradients of
+    gradients included. Gradients are kernels as well, derived by forward accumulation; at corners
+    of `abs`, `min` and `max` they are MLX's. On the CPU MLX operations with masks take the kernel's
+    place; there a loop whose length is in an array has to be evaluated while the graph is built,
+    and runs on the emulator where mx.compile keeps it from that. mx.jvp works on the CPU only: it
+    asks the kernel itself, and MLX's custom kernels have no answer.
 
     Args:
         function: takes one or more numbers, returns one or a tuple of them. Its source must be in

@@ -16,6 +16,7 @@ from zmlx.authoring.jit.metal import LARGE_ROW, Port, Text, write
 from zmlx.backend import for_kernels
 from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
+from zmlx.backend.vmapping import inside_vmap
 from zmlx_autopatch import variables
 
 #: Threads of a threadgroup: a multiple of every simdgroup, and small enough for any register use.
@@ -89,6 +90,8 @@ class Kernel:
         full = arrays[self._full]
         if full.size == 0:
             return [mx.zeros(full.shape, dtype) for dtype in self.outputs]
+        if inside_vmap():
+            return self._traced(arrays, full.shape)
         backend = for_kernels(has_reference=True)
         if backend != "reference":
             return self._launch(backend, arrays, full)
@@ -99,6 +102,19 @@ class Kernel:
             if variables.text("ZMLX_BACKEND") == "reference":
                 raise
             return self._launch("emulator", arrays, full)
+
+    def _traced(self, arrays: Sequence[mx.array], shape: tuple[int, ...]) -> list[mx.array]:
+        """Stand for the kernel while `mx.vmap` traces, which asks every operation how to batch.
+
+        For what is mapped the rule `Differentiable._vmap` then takes its place.
+        """
+        try:
+            return self._evaluate(arrays, shape)
+        except LengthUnknown:
+            if not all(_is_float(dtype) for dtype in self.outputs):
+                raise
+            # Only seen where mx.compile traces a call inside mx.vmap of what is not mapped.
+            return [mx.full(shape, math.nan, dtype) for dtype in self.outputs]
 
     def _launch(self, backend: str, arrays: Sequence[mx.array], full: mx.array) -> list[mx.array]:
         count = full.size
@@ -124,7 +140,7 @@ class Kernel:
 
 
 class Differentiable:
-    """A kernel that MLX's transformations know: vjp, jvp (by kernels of their own) and vmap.
+    """A kernel that MLX's transformations know: vjp, by a kernel of its own, and vmap.
 
     Attributes:
         kernel: the kernel.
@@ -137,7 +153,6 @@ class Differentiable:
         # MLX passes results on as they are nested: one alone is an array.
         self.call = mx.custom_function(self._one if len(kernel.outputs) == 1 else self._several)
         self.call.vjp(self._vjp)
-        self.call.jvp(self._jvp)
         self.call.vmap(self._vmap)
 
     def _one(self, *arrays: mx.array) -> mx.array:
@@ -165,19 +180,6 @@ class Differentiable:
         inputs = (*kernel.inputs, *(Port(kernel.outputs[index], alone) for index in given))
         return Differentiable(Kernel(Derivatives().gradients(kernel.function), inputs, outputs))
 
-    @cached_property
-    def tangents(self) -> Differentiable | None:
-        """The kernel of directional derivatives; None where there is nothing to differentiate."""
-        kernel = self.kernel
-        wanted = float_results(kernel.function)
-        given = float_parameters(kernel.function)
-        if not wanted or not given:
-            return None
-        ports = tuple(kernel.inputs[index] for index in given)
-        outputs = tuple(kernel.outputs[index] for index in wanted)
-        function = Derivatives().tangents(kernel.function)
-        return Differentiable(Kernel(function, (*kernel.inputs, *ports), outputs))
-
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> Any:
         primals, cotangents = _tuple(primals), _tuple(cotangents)
         function = self.kernel.function
@@ -191,21 +193,6 @@ class Differentiable:
                     total = gradient.sum() if self.kernel.inputs[index].scalar else gradient
                     results[index] = total.astype(dtype)
         return results[0] if len(results) == 1 else tuple(results)
-
-    def _jvp(self, primals: Any, tangents: Any) -> Any:
-        primals, tangents = _tuple(primals), _tuple(tangents)
-        function = self.kernel.function
-        shape = primals[self.kernel._full].shape
-        results = [mx.zeros(shape, dtype) for dtype in self.kernel.outputs]
-        if self.tangents is not None:
-            given = [
-                mx.zeros_like(primals[index]) if tangents[index] is None else tangents[index]
-                for index in float_parameters(function)
-            ]
-            found = _tuple(self.tangents.call(*primals, *given))
-            for index, tangent in zip(float_results(function), found, strict=True):
-                results[index] = tangent
-        return results[0] if len(results) == 1 else results
 
     def _vmap(self, inputs: Any, axes: Any) -> Any:
         """Put the axis first; a scalar that has one becomes an array like the others."""
