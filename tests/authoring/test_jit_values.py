@@ -233,6 +233,41 @@ def test_bounds_of_loops_may_differ_from_element_to_element():
     assert_as_python(bounded, grid(60), (np.arange(60) % 9 + 1).astype(np.int32))
 
 
+@jit
+def left_early(x):
+    i = -1
+    for i in range(2, 9, 2):
+        if x > 0.5 * i:
+            continue
+        break
+    k = i
+    for j in range(3):
+        if x < -j:
+            j = j * 10
+            break
+        k += j
+    if x > 2:
+        for i in range(4):
+            k += i
+    return i, j, k
+
+
+@jit
+def counting(x, n: int):
+    i = 100
+    for i in range(n):
+        if x * i > 3:
+            break
+        if x < 0:
+            i += 50
+    return i
+
+
+def test_what_a_counter_is_after_its_loop():
+    assert_as_python(left_early, grid(101))
+    assert_as_python(counting, grid(60), (np.arange(60) % 6).astype(np.int32))
+
+
 def test_a_loop_without_turns_leaves_its_locals_alone():
     n = mx.array([0, 1, -1, -5])
 

@@ -202,15 +202,13 @@ class _Forward:
             case Assign(name=name, value=value):
                 changed, dual = self._dual(value)
                 # Derivatives read the old value of the name, so they are assigned first.
-                for index in self._active.get(name, ()):
-                    self._out.append(Assign(self._tangent(name, index), dual.get(index, _ZERO)))
+                self._store(name, dual)
                 self._out.append(Assign(name, changed))
             case Unpack(names=names, call=call):
                 values, duals = self._applied(call)
-                for name, value, dual in zip(names, values, duals, strict=True):
-                    for index in self._active.get(name, ()):
-                        self._out.append(Assign(self._tangent(name, index), dual.get(index, _ZERO)))
-                    self._out.append(Assign(name, value))
+                for name, result, dual in zip(names, values, duals, strict=True):
+                    self._store(name, dual)
+                    self._out.append(Assign(name, result))
             case If(condition=condition, then=then, otherwise=otherwise):
                 self._out.append(If(condition, self._block(then), self._block(otherwise)))
             case For(name=name, start=start, stop=stop, step=step, body=body):
@@ -219,6 +217,12 @@ class _Forward:
                 self._return(values)
             case _:
                 self._out.append(statement)
+
+    def _store(self, name: str, dual: _Dual) -> None:
+        for index in self._active.get(name, ()):
+            tangent, value = self._tangent(name, index), dual.get(index, _ZERO)
+            if not isinstance(value, Variable) or value.name != tangent:
+                self._out.append(Assign(tangent, value))
 
     def _return(self, values: tuple[Expression, ...]) -> None:
         results: list[Expression] = []

@@ -195,7 +195,9 @@ class _Pass(Expressions):
         self._out.append(Assign(name, cast(value, self.variables[name])))
 
     def _keep(self, value: Expression) -> Expression:
-        if isinstance(value, Constant):
+        """Return a value that stays as it is while names are assigned."""
+        ours = isinstance(value, Variable) and value.name not in self._every
+        if ours or isinstance(value, Constant):
             return value
         kept = self._temporary(value.kind)
         self._out.append(Assign(kept.name, value))
