@@ -1,0 +1,54 @@
+"""Translated kernels go through NVIDIA's compiler, as MLX calls it, on machines without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import mlx.core as mx
+import pytest
+from cases import MAKERS, Case, argument_cases, array, memory_cases, vector_cases
+from nvrtc_program import assemble, compile_program, library
+
+from zmlx.backend.cuda import Variant, translated
+from zmlx.backend.definition import Definition
+
+pytestmark = pytest.mark.skipif(
+    library() is None and not os.environ.get("CI"),
+    reason="no nvidia-cuda-nvrtc (in the extra dev, on Linux)",
+)
+
+
+def kernel(case: Case, *, cut: bool = False) -> str:
+    arrays = [x if isinstance(x, mx.array) else array(x, mx.float32) for x in case.inputs.values()]
+    scalars = tuple(i for i, x in enumerate(arrays) if not x.ndim)
+    source = translated(case.definition(), Variant(cut=cut, scalars=scalars))
+    inputs = [(x.dtype, x.ndim) for x in arrays] + [(mx.int32, 1)] * cut
+    outputs = [(name, dtype) for name, (_, dtype) in case.outputs.items()]
+    return assemble(case.name, source, inputs, outputs, case.template)
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+def test_kernels_compile(make):
+    log = compile_program(*(kernel(case) for case in make()))
+    assert log is None, f"\n{log}"
+
+
+def test_kernels_compile_for_grids_that_are_cut_off():
+    cases = [*memory_cases(), *vector_cases(), *argument_cases()]
+    log = compile_program(*(kernel(case, cut=True) for case in cases))
+    assert log is None, f"\n{log}"
+
+
+def test_a_mistake_is_reported_at_its_line():
+    definition = Definition(
+        name="wrong",
+        input_names=("x",),
+        output_names=("out",),
+        header="float f(float x) { return x; }\n\nfloat g(float x) { return h(x); }",
+        source="uint i = thread_position_in_grid.x; // a\n/* b\n c */\nout[i] = nothing(x[i]);",
+    )
+    text = assemble("wrong", translated(definition), [(mx.float32, 1)], [("out", mx.float32)])
+    log = compile_program(text)
+    assert log is not None
+    assert 'wrong header(3): error: identifier "h" is undefined' in log
+    assert 'wrong(4): error: identifier "nothing" is undefined' in log
