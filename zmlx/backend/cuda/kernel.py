@@ -16,6 +16,7 @@ MAX_THREADS = 1024
 
 _Kernel = Callable[..., list[mx.array]]
 _Size = tuple[int, int, int]
+_CUT = Variant(cut=True)
 
 
 def launch_of(definition: Definition) -> Launch:
@@ -42,12 +43,12 @@ def launch_of(definition: Definition) -> Launch:
         verbose: bool = False,
         stream: mx.Stream | mx.Device | None = None,
     ) -> list[mx.array]:
-        kernel = common
         gx, gy, gz = grid
         tx, ty, tz = threadgroup
         usual = (
-            gx * gy * gz > 0 < tx * ty * tz <= MAX_THREADS
-            and not (gx % tx or gy % ty or gz % tz)
+            gx > 0 < gy
+            and tx > 0 < ty
+            and gz > 0 < tx * ty * tz <= MAX_THREADS
             and len(inputs) == count
         )
         if usual and watched:
@@ -60,6 +61,11 @@ def launch_of(definition: Definition) -> Launch:
                     usual = False
         if not usual:
             kernel, inputs, grid, template = variants.of_call(inputs, grid, threadgroup, template)
+        elif (gx % tx or gy % ty or gz % tz) and _is_cut(grid, threadgroup):
+            kernel = variants.get(_CUT)
+            inputs = [*inputs, _size((gx, gy, gz))]
+        else:
+            kernel = common
         return kernel(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -89,7 +95,8 @@ class _Variants:
 
     def get(self, variant: Variant) -> _Kernel:
         """Return the kernel of a variant."""
-        if variant not in self._kernels:
+        kernel = self._kernels.get(variant)
+        if kernel is None:
             source = self._translation.source(variant)
             definition = self._translation.definition
             made = mx.fast.cuda_kernel(
@@ -100,8 +107,8 @@ class _Variants:
                 header=source.header,
                 ensure_row_contiguous=definition.ensure_row_contiguous,
             )
-            self._kernels[variant] = cast(_Kernel, made)
-        return self._kernels[variant]
+            kernel = self._kernels[variant] = cast(_Kernel, made)
+        return kernel
 
     def of_call(
         self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size, template: Template | None
@@ -117,13 +124,10 @@ class _Variants:
         negative = tuple([(n, v) for n, v in template or () if type(v) is int and v < 0])
         if negative and template is not None:
             template = [item for item in template if item not in negative]
-        gx, gy, gz = grid
-        tx, ty, tz = threadgroup
-        # Of an axis shorter than the threadgroup MLX makes one block that fits.
-        cut = bool((gx % tx and gx > tx) or (gy % ty and gy > ty) or (gz % tz and gz > tz))
-        if cut or not gx * gy * gz:
-            inputs = [*inputs, _size((gx, gy, gz))]
-            cut, grid = True, (gx or 1, gy or 1, gz or 1)
+        cut = _is_cut(grid, threadgroup)
+        if cut:
+            gx, gy, gz = grid
+            inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
         return self.get(Variant(cut, scalars, negative)), inputs, grid, template
 
     def _check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
@@ -141,6 +145,17 @@ class _Variants:
                 f"kernel {definition.name!r}: a threadgroup of {tuple(threadgroup)} has {threads} "
                 f"threads; 1 to {MAX_THREADS} can run together"
             )
+
+
+def _is_cut(grid: _Size, threadgroup: _Size) -> bool:
+    """Whether threads of the blocks that MLX launches lie outside of the grid.
+
+    Of an axis shorter than the threadgroup it makes one block that fits; an empty one it cannot.
+    """
+    for size, block in zip(grid, threadgroup, strict=True):
+        if not size or (size > block and size % block):
+            return True
+    return False
 
 
 @lru_cache(maxsize=256)

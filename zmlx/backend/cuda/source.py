@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from zmlx.backend.cuda.tokens import TranslationError
 from zmlx.backend.cuda.translate import always_indexed, names_in, translate_body, translate_header
@@ -42,8 +43,7 @@ GRID_NAMES = {
 GRID_INPUT = "zmlx_grid"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What changes a kernel's text from call to call.
 
     Attributes:
@@ -103,7 +103,7 @@ class Translation:
             or any(f"{name}_{what}" in source for what in ("shape", "strides", "ndim"))
         )
 
-    def source(self, variant: Variant = Variant()) -> CudaSource:
+    def source(self, variant: Variant) -> CudaSource:
         """Return the text of a variant.
 
         Raises:
