@@ -4,9 +4,9 @@
 
 times a call of a kernel written in Metal's language, on CUDA, against the same kernel written by
 hand for `mx.fast.cuda_kernel`: the time to build one node of the graph in Python, and the time to
-evaluate it (MLX looks the kernel up by a hash of its text and encodes it; these kernels compute next
-to nothing). One run is a chain of calls, each on the last one's output. Variants take turns. Writes
-every run to benchmarks/capsules/launch-cuda.json.
+evaluate it (MLX looks the kernel up by a hash of its text and encodes it; these kernels compute
+next to nothing). One run is a chain of calls, each on the last one's output. Variants take turns.
+Writes every run to benchmarks/capsules/launch-cuda.json.
 """
 
 from __future__ import annotations

@@ -45,23 +45,21 @@ def launch_of(definition: Definition) -> Launch:
     ) -> list[mx.array]:
         gx, gy, gz = grid
         tx, ty, tz = threadgroup
-        usual = (
-            gx > 0 < gy
-            and tx > 0 < ty
-            and gz > 0 < tx * ty * tz <= MAX_THREADS
-            and len(inputs) == count
-        )
-        if usual and watched:
-            for index in watched:
-                if not getattr(inputs[index], "ndim", 0):
-                    usual = False
-        if usual and template is not None:
+        usual = gx > 0 < gy and gz > 0 < tx and ty > 0 < tx * ty * tz <= MAX_THREADS
+        if not usual or len(inputs) != count:
+            variants.check(inputs, grid, threadgroup)
+        for index in watched:
+            if not getattr(inputs[index], "ndim", 0):
+                usual = False
+        if template is not None:
             for _, value in template:
                 if type(value) is int and value < 0:
                     usual = False
         if not usual:
             kernel, inputs, grid, template = variants.of_call(inputs, grid, threadgroup, template)
-        elif (gx % tx or gy % ty or gz % tz) and _is_cut(grid, threadgroup):
+        elif (gx % tx and gx > tx) or (gy % ty and gy > ty) or (gz % tz and gz > tz):
+            # Threads of the blocks lie outside of the grid. Of an axis that is shorter than the
+            # threadgroup MLX makes one block that fits.
             kernel = variants.get(_CUT)
             inputs = [*inputs, _size((gx, gy, gz))]
         else:
@@ -113,24 +111,24 @@ class _Variants:
     def of_call(
         self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size, template: Template | None
     ) -> tuple[_Kernel, Sequence[Any], _Size, Template | None]:
-        """Return the kernel that a call needs, and its inputs, grid and template.
-
-        Raises:
-            ValueError: the grid or threadgroup cannot be launched, or an input is missing.
-        """
-        self._check(inputs, grid, threadgroup)
+        """Return the kernel that a call needs, and its inputs, grid and template."""
         scalars = tuple([i for i in self.watched if not getattr(inputs[i], "ndim", 0)])
         # MLX writes the template's numbers into the kernel's name, where a minus cannot stand.
         negative = tuple([(n, v) for n, v in template or () if type(v) is int and v < 0])
         if negative and template is not None:
             template = [item for item in template if item not in negative]
-        cut = _is_cut(grid, threadgroup)
+        gx, gy, gz = grid
+        cut = any(not g or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
         if cut:
-            gx, gy, gz = grid
             inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
         return self.get(Variant(cut, scalars, negative)), inputs, grid, template
 
-    def _check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
+    def check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
+        """See whether a call can be launched; a grid may be empty.
+
+        Raises:
+            ValueError: the grid or threadgroup cannot be, or there are too few or many inputs.
+        """
         definition = self._translation.definition
         if len(inputs) != len(definition.input_names):
             raise ValueError(
@@ -145,17 +143,6 @@ class _Variants:
                 f"kernel {definition.name!r}: a threadgroup of {tuple(threadgroup)} has {threads} "
                 f"threads; 1 to {MAX_THREADS} can run together"
             )
-
-
-def _is_cut(grid: _Size, threadgroup: _Size) -> bool:
-    """Whether threads of the blocks that MLX launches lie outside of the grid.
-
-    Of an axis shorter than the threadgroup it makes one block that fits; an empty one it cannot.
-    """
-    for size, block in zip(grid, threadgroup, strict=True):
-        if not size or (size > block and size % block):
-            return True
-    return False
 
 
 @lru_cache(maxsize=256)
