@@ -27,6 +27,7 @@ LEAVES = (
     "zmlx.version",
     "zmlx.toml",
     "zmlx.console",
+    "zmlx.deprecation",
     "zmlx_autopatch.variables",
     "zmlx_autopatch.speech",
 )

@@ -6,6 +6,10 @@ Imported by the start-up bootstrap, so it may import `os` and nothing heavier.
 
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 #: name -> (values, default, meaning)
 TABLE: "dict[str, tuple[str, str, str]]" = {
     "ZMLX_AUTOPATCH": ("0 or 1", "1", "0 leaves every model as it was loaded"),
@@ -43,6 +47,23 @@ def text(name: str) -> str:
     if name not in TABLE:
         raise KeyError(f"{name} is not a variable of zmlx; known: {', '.join(TABLE)}")
     return os.environ.get(name, "").strip()
+
+
+def peeker(name: str) -> "Callable[[], object]":
+    """Return a function that tells cheaply whether a variable has changed.
+
+    It gives what the environment holds for the variable, in whatever form; equal answers mean that
+    the variable is what it was. `os.environ.get` encodes and decodes at each call and takes ten
+    times as long, which shows where a kernel is launched.
+    """
+    if name not in TABLE:
+        raise KeyError(f"{name} is not a variable of zmlx; known: {', '.join(TABLE)}")
+    stored = getattr(os.environ, "_data", None)
+    if not isinstance(stored, dict):  # another Python than CPython
+        return lambda: os.environ.get(name)
+    key = os.environ.encodekey(name)
+    get = stored.get
+    return lambda: get(key)
 
 
 def flag(name: str) -> bool:

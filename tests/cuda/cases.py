@@ -141,7 +141,9 @@ def math_cases() -> list[Case]:
     calls: dict[str, Any] = {}
     for functions, x, pick in ((_ON_ANY, "a", 0), (_ON_POSITIVE, "b", 1), (_ON_UNIT, "c", 2)):
         for f, truth in functions.items():
-            calls[f"metal::{f}({x})"] = lambda *v, t=truth, p=pick: t(v[p].astype(np.float64))
+            # MLX has its own log1p, outside of the namespace.
+            call = f"{f}({x})" if f == "log1p" else f"metal::{f}({x})"
+            calls[call] = lambda *v, t=truth, p=pick: t(v[p].astype(np.float64))
     inputs = {"a": ANY, "b": POSITIVE, "c": UNIT * np.float32(0.45)}
     cases = []
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
@@ -171,7 +173,7 @@ def float_cases() -> list[Case]:
         "min(a, b)": lambda a, b, c: np.fmin(a, b),
         "fmax(a, b)": lambda a, b, c: np.fmax(a, b),
         "fmin(a, b)": lambda a, b, c: np.fmin(a, b),
-        "max(b, 0)": lambda a, b, c: np.maximum(b, 0),
+        "max(b, 0.0f)": lambda a, b, c: np.maximum(b, 0),
         "max3(b, c, 0.5f)": lambda a, b, c: np.maximum(np.maximum(b, c), 0.5),
         "min3(b, c, 0.5f)": lambda a, b, c: np.minimum(np.minimum(b, c), 0.5),
         "median3(b, c, 0.5f)": lambda a, b, c: np.median([b, c, np.full_like(b, 0.5)], axis=0),
@@ -338,8 +340,8 @@ def small_float_cases() -> list[Case]:
             f"{name}(float(a) * b)": lambda a, b, r=r: r(a * b),
             f"static_cast<{name}>(7)": lambda a, b, r=r: np.full(N, 7.0),
             "max(a, b)": lambda a, b, r=r: np.maximum(a, b),
-            "max(a, 0)": lambda a, b, r=r: np.maximum(a, 0),
-            "max(a, 0.25f)": lambda a, b, r=r: np.maximum(a, np.float32(0.25)),
+            f"max(a, {name}(0))": lambda a, b, r=r: np.maximum(a, 0),
+            "max(float(a), 0.25f)": lambda a, b, r=r: np.maximum(a, np.float32(0.25)),
             "fma(a, b, b)": lambda a, b, r=r: r(a.astype(float) * b + b),
             "int(b)": lambda a, b, r=r: b.astype(int),
             f"as_type<{name}>(ushort(as_type<ushort>(a) ^ 0x8000))": lambda a, b, r=r: -a,
@@ -353,8 +355,8 @@ def small_float_cases() -> list[Case]:
             Case(
                 name=f"{name}_variables",
                 header=f"constant {name} {name}_table[4] = "
-                f"{{0.1{suffix}, 1.5{suffix}, -65504.0, 3e-6}};\n"
-                f"constant {name} {name}_third = 1.0f / 3.0f;\n",
+                f"{{0.1{suffix}, 1.5{suffix}, -65504.0{suffix}, 3e-6{suffix}}};\n"
+                f"constant {name} {name}_third = {name}(1.0f / 3.0f);\n",
                 source=f"""
                     uint i = thread_position_in_grid.x;
                     {name} v = x[i];
@@ -572,7 +574,7 @@ def _simd_others() -> list[Case]:
             out[104 + i] = simd_all(i != 40);
             out[156 + i] = simd_sum(yes);
             out[208 + i] = simd_is_first();
-            out[260 + i] = static_cast<uint>(simd_active_threads_mask());
+            out[260 + i] = uint((simd_vote::vote_t)simd_active_threads_mask());
             bool2 both = simd_broadcast_first(bool2(yes, !yes)); out[312 + i] = both.x;
             float4 q = simd_sum(float4(i, 1, 2, 3)); out[364 + i] = uint(q.y + q.w);
             uint divergent = 0;
@@ -638,7 +640,7 @@ def memory_cases() -> list[Case]:
                 float by;
                 float operator()(thread const float& v) const thread { return v * by; }
             };
-            inline float scale_of(constant float* t, uint i) { return t[i % 4]; }
+            inline float scale_of(constant const float* t, uint i) { return t[i % 4]; }
         """,
         source="""
             threadgroup float partial[WIDTH];  // one for each thread

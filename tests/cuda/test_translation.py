@@ -168,21 +168,6 @@ def test_errors_name_the_kernel_and_the_part():
         translated(define(header="threadgroup float x[4];"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"input_names": ("a-b",)}, "'a-b' is not a C identifier"),
-        ({"input_names": ("é",)}, "is not a C identifier"),
-        ({"input_names": ("x", "x")}, "'x' names more than one array"),
-        ({"input_names": ("out",)}, "'out' names more than one array"),
-        ({"output_names": ()}, "has no output"),
-    ],
-)
-def test_bad_names_are_refused(settings, message):
-    with pytest.raises(TranslationError, match=message):
-        translated(define(**settings))
-
-
 def test_only_names_that_are_used_are_declared():
     body = translated(define("out[thread_position_in_grid.x] = 1;")).body
     assert body.startswith(

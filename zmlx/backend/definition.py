@@ -8,6 +8,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from zmlx.backend.names import check_names
+
 #: Values of a kernel's template: a type, a whole number or a truth value by parameter.
 Template = Sequence[tuple[str, "mx.Dtype | int | bool"]]
 
@@ -27,6 +29,11 @@ class Definition:
         atomic_outputs: outputs are `device atomic<T>*`.
         cuda: a body written for CUDA by hand, in place of the translated one.
         cuda_header: what stands before it.
+
+    Raises:
+        TypeError: a name or a text is not a string, or names come as one.
+        ValueError: a name is no C identifier, is a word of Metal's or is there twice; no outputs;
+            an empty source.
     """
 
     name: str
@@ -38,6 +45,17 @@ class Definition:
     atomic_outputs: bool = False
     cuda: str | None = None
     cuda_header: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail late, at the first evaluation, in a compiler's words."""
+        check_names(self.name, self.input_names, self.output_names)
+        for what, text in (("source", self.source), ("header", self.header)):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"kernel {self.name!r}: {what} is a {type(text).__name__}; give a string"
+                )
+        if not self.source.strip():
+            raise ValueError(f"kernel {self.name!r}: its source is empty; give the body of one")
 
 
 class Launch(Protocol):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
-from typing import cast
 
 from zmlx.backend.definition import Definition, Launch
 
@@ -15,14 +13,33 @@ _BACKENDS = {
     "emulator": "zmlx.backend.emulator",
 }
 
+#: (definition, backend) -> its compiled kernel
+_COMPILED: dict[tuple[Definition, str], Launch] = {}
 
-@cache
+
 def launcher(definition: Definition, backend: str) -> Launch:
     """Return the compiled kernel of a backend; equal definitions share one.
 
     Raises:
         ValueError: the backend runs no sources, or the definition is not one it takes.
     """
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r} runs no Metal source; one of {', '.join(_BACKENDS)}")
-    return cast(Launch, import_module(_BACKENDS[backend]).compiled(definition))
+    key = (definition, backend)
+    found = _COMPILED.get(key)
+    if found is None:
+        if backend not in _BACKENDS:
+            raise ValueError(
+                f"backend {backend!r} runs no Metal source; one of {', '.join(_BACKENDS)}"
+            )
+        # Of threads that compile the same one at once, the first decides which is kept.
+        found = _COMPILED.setdefault(key, import_module(_BACKENDS[backend]).compiled(definition))
+    return found
+
+
+def compiled_kernels() -> list[tuple[Definition, str]]:
+    """Return the definitions that were compiled in this process, each with its backend."""
+    return list(_COMPILED)
+
+
+def forget() -> None:
+    """Drop every compiled kernel; whoever holds one keeps it, later ones are compiled anew."""
+    _COMPILED.clear()

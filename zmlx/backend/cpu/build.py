@@ -76,6 +76,11 @@ _UNITS: dict[str, list[str]] = {
     "arithmetic.cpp": [],
     "program.cpp": [],
     "fuse.cpp": [],
+    "emulated.cpp": ["-O1"],
+    "emulator_checks.cpp": [],
+    "emulator_launch.cpp": [],
+    "emulator_memory.cpp": [],
+    "emulator_fiber.cpp": [],
 }
 _ABI_TAG = re.compile(rb"nanobind_[a-z]+_[a-z0-9_]*_v[0-9]+")
 
@@ -305,6 +310,11 @@ def mlx_extension() -> Path:
     return Path(str(mx.__file__))
 
 
+def mlx_include() -> Path:
+    """Return the folder of the headers that the installed mlx ships."""
+    return _mlx_folder() / "include"
+
+
 def mlx_version() -> str:
     """Return the version of the mlx that is loaded."""
     return str(vars(mx)["__version__"])
@@ -361,7 +371,7 @@ def _nanobind_folder() -> Path:
 def _includes() -> list[str]:
     nanobind = _nanobind_folder()
     folders = [
-        _mlx_folder() / "include",
+        mlx_include(),
         nanobind / "include",
         nanobind / "ext" / "robin_map" / "include",
         Path(sysconfig.get_path("include")),

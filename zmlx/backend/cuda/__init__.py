@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
+from zmlx.backend.cuda.text import text
 from zmlx.backend.cuda.tokens import TranslationError
 from zmlx.backend.definition import Definition, Launch
 
-__all__ = ["CudaSource", "TranslationError", "Variant", "compiled", "translated"]
+__all__ = ["CudaSource", "TranslationError", "Variant", "compiled", "text", "translated"]
 
 
 def compiled(definition: Definition) -> Launch:

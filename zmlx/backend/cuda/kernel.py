@@ -112,16 +112,13 @@ class _Variants:
         self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size, template: Template | None
     ) -> tuple[_Kernel, Sequence[Any], _Size, Template | None]:
         """Return the kernel that a call needs, and its inputs, grid and template."""
-        scalars = tuple([i for i in self.watched if not getattr(inputs[i], "ndim", 0)])
-        # MLX writes the template's numbers into the kernel's name, where a minus cannot stand.
-        negative = tuple([(n, v) for n, v in template or () if type(v) is int and v < 0])
-        if negative and template is not None:
-            template = [item for item in template if item not in negative]
-        gx, gy, gz = grid
-        cut = any(not g or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
-        if cut:
+        variant = variant_of(self._translation, inputs, grid, threadgroup, template)
+        if variant.constants and template is not None:
+            template = [item for item in template if item not in variant.constants]
+        if variant.cut:
+            gx, gy, gz = grid
             inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
-        return self.get(Variant(cut, scalars, negative)), inputs, grid, template
+        return self.get(variant), inputs, grid, template
 
     def check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
         """See whether a call can be launched; a grid may be empty.
@@ -143,6 +140,21 @@ class _Variants:
                 f"kernel {definition.name!r}: a threadgroup of {tuple(threadgroup)} has {threads} "
                 f"threads; 1 to {MAX_THREADS} can run together"
             )
+
+
+def variant_of(
+    translation: Translation,
+    inputs: Sequence[Any],
+    grid: _Size,
+    threadgroup: _Size,
+    template: Template | None,
+) -> Variant:
+    """Return which text a call needs."""
+    scalars = tuple([i for i in translation.watched if not getattr(inputs[i], "ndim", 0)])
+    # MLX writes the template's numbers into the kernel's name, where a minus cannot stand.
+    negative = tuple([(n, v) for n, v in template or () if type(v) is int and v < 0])
+    cut = any(not g or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
+    return Variant(cut, scalars, negative)
 
 
 @lru_cache(maxsize=256)

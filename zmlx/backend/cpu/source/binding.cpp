@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 
+#include "emulated.h"
 #include "fuse.h"
 #include "lookup.h"
 #include "pool.h"
@@ -47,6 +48,7 @@ static zmlx::WeightArray weight_of(
 NB_MODULE(_zmlx_cpu, m) {
   nb::module_::import_("mlx.core");
   zmlx::set_kernels(zmlx::kernels_best());
+  zmlx::bind_emulator(m);
 
   m.def(
       "rms_norm", &zmlx::rms_norm, "x"_a, "weight"_a.none(), "eps"_a);

@@ -1,0 +1,373 @@
+"""Operations over rows: the reference, the launch and the transformations of a `RowKernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from zmlx.authoring.folds import ALONG_ROWS, identity, merged
+from zmlx.authoring.formula.errors import NotDifferentiable
+from zmlx.authoring.formula.evaluate import Program, program
+from zmlx.authoring.formula.inference import Types
+from zmlx.authoring.formula.kinds import TYPES
+from zmlx.authoring.formula.tree import Name, Number, Tree
+from zmlx.authoring.rows import Form, Pass, RowKernel
+from zmlx.backend import for_kernels
+from zmlx.backend.launch import launcher
+from zmlx.backend.vmapping import inside_vmap
+
+#: threads of a threadgroup where nothing is tuned
+USUAL = 256
+_CANDIDATES = (32, 64, 128, 256, 512, 1024)
+#: Grids count threads along x with 32 bits.
+_WIDTH = 1 << 30
+_BACKENDS_TUNED = ("metal", "cuda")
+
+
+class RowOperation:
+    """An operation over the last axis; made by `zmlx.api.reduce` and `map_reduce`.
+
+    Attributes:
+        name: the kernel's name.
+        kernel: its formulas and sources.
+    """
+
+    def __init__(
+        self, kernel: RowKernel, *, threadgroup: int | str = USUAL, length: int | None = None
+    ) -> None:
+        """Make the operation of a kernel.
+
+        Args:
+            kernel: the kernel.
+            threadgroup: most threads of a threadgroup, a multiple of 32 up to 1,024, or "auto".
+            length: the length that rows must have; None for any.
+
+        Raises:
+            ValueError: the threadgroup or the length is none.
+        """
+        if threadgroup != "auto" and (
+            not isinstance(threadgroup, int)
+            or isinstance(threadgroup, bool)
+            or not 32 <= threadgroup <= 1024
+            or threadgroup % 32
+        ):
+            raise ValueError(
+                f'{kernel.name}: threadgroup={threadgroup!r}; give "auto" or a multiple of 32 '
+                "from 32 to 1024"
+            )
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise ValueError(f"{kernel.name}: d={length!r}; give the length of a row, 1 or more")
+        self.name = kernel.name
+        self.kernel = kernel
+        self._threadgroup = threadgroup
+        self._length = length
+        self._opaque = kernel.opaque
+        self._references: dict[tuple[Form, tuple[mx.Dtype, ...]], _Reference] = {}
+        function = mx.custom_function(self._forward)
+        function.vjp(self._vjp)
+        function.jvp(self._jvp)
+        function.vmap(self._vmap)
+        self._function = function
+
+    def __call__(self, *arrays: mx.array) -> Any:
+        """Compute the operation, lazily.
+
+        Args:
+            arrays: the first holds rows along its last axis, of any length from 0; others have its
+                shape, or that of a row, of the rows (with a last axis of 1), or none.
+
+        Returns:
+            An array, or a tuple of them when there are several outputs.
+
+        Raises:
+            TypeError: there are too many or too few arguments, or one has a dtype that Metal has
+                not.
+            ValueError: the shapes do not fit.
+        """
+        inputs = self.kernel.inputs
+        if len(arrays) != len(inputs):
+            raise TypeError(
+                f"{self.name} takes {len(inputs)} arrays ({', '.join(inputs)}); got {len(arrays)}"
+            )
+        for array in arrays:
+            if not isinstance(array, mx.array):
+                raise TypeError(f"{self.name} takes mx.arrays; got a {type(array).__name__}")
+        self.kernel.form(arrays)
+        if self._length is not None and arrays[0].shape[-1] != self._length:
+            raise ValueError(
+                f"{self.name} takes rows of {self._length} elements; got shape {arrays[0].shape}"
+            )
+        return self._function(*arrays)
+
+    def source(self, *dtypes: mx.Dtype) -> str:
+        """Return the body of the kernel for whole rows of these dtypes; float32 by default."""
+        given = dtypes or (mx.float32,) * len(self.kernel.inputs)
+        form = self.kernel.form([mx.zeros((1, 2), dtype) for dtype in given])
+        return self.kernel.definition(form).source
+
+    def _forward(self, *arrays: mx.array) -> Any:
+        backend = for_kernels(has_reference=not self._opaque)
+        if backend == "reference" or (inside_vmap() and not self._opaque):
+            return _alone(self._reference(arrays))
+        if inside_vmap():
+            raise ValueError(
+                f"{self.name} cannot be used inside mx.vmap, because {self._opaque}; call it with "
+                "the whole batch instead"
+            )
+        # MLX asks for the tangents of operations that a custom function replaces, too.
+        return _alone(self._launched([mx.stop_gradient(array) for array in arrays], backend))
+
+    def _reference(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        form = self.kernel.form(arrays)
+        key = (form, tuple([array.dtype for array in arrays]))
+        found = self._references.get(key)
+        if found is None:
+            found = self._references[key] = _Reference(self.kernel, *key)
+        return found(arrays)
+
+    def _launched(self, arrays: list[mx.array], backend: str) -> list[mx.array]:
+        form = self.kernel.form(arrays)
+        first = arrays[0]
+        dtypes = self.kernel.results(form, [array.dtype for array in arrays])
+        shape = first.shape[:-1] if self.kernel.per_row else first.shape
+        length = first.shape[-1]
+        rows = first.size // length if length else _product(first.shape[:-1])
+        if 0 in shape:
+            return [mx.zeros(shape, dtype) for dtype in dtypes]
+        definition = self.kernel.definition(form)
+        launch = launcher(definition, backend)
+        # Metal passes 0-d arrays by reference, which cannot be indexed.
+        inputs = [array if array.shape else array.reshape(1) for array in arrays]
+        template = (("T", TYPES[form.kinds[0]]), *((f"O{i}", t) for i, t in enumerate(dtypes)))
+
+        def launched(threads: int) -> list[mx.array]:
+            grid, group = self._geometry(rows, length, threads)
+            return launch(
+                inputs=inputs,
+                output_shapes=[shape or (1,)] * len(dtypes),
+                output_dtypes=dtypes,
+                grid=grid,
+                threadgroup=group,
+                template=template,
+            )
+
+        threads = self._threads(definition, backend, inputs, launched)
+        return [array.reshape(shape) if not shape else array for array in launched(threads)]
+
+    def _threads(
+        self, definition: Any, backend: str, inputs: list[mx.array], launch: Callable[..., Any]
+    ) -> int:
+        if self._threadgroup != "auto":
+            assert isinstance(self._threadgroup, int)
+            return self._threadgroup
+        if backend not in _BACKENDS_TUNED or not self.kernel.joined:
+            return USUAL
+        from zmlx.tuning import best_threadgroup  # noqa: PLC0415 - only what is tuned needs it
+
+        return best_threadgroup(
+            definition,
+            backend,
+            inputs=inputs,
+            launch=launch,
+            candidates=_CANDIDATES,
+            key=("rows", inputs[0].shape),
+        )
+
+    def _geometry(
+        self, rows: int, length: int, threads: int
+    ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Return grid and threadgroup: short rows get no more threads than they have elements."""
+        if not self.kernel.joined:
+            width = min(rows, _WIDTH)
+            return (width, -(-rows // width), 1), (USUAL, 1, 1)
+        group = min(threads, -(-max(length, 1) // 32) * 32)
+        width = min(rows, _WIDTH // group)
+        return (width * group, -(-rows // width), 1), (group, 1, 1)
+
+    def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+        self._refuse_gradient()
+        arrays, several = _tuple(primals), list(_tuple(cotangents))
+        moved = [i for i, a in enumerate(arrays) if mx.issubdtype(a.dtype, mx.floating)]
+        _, found = mx.vjp(self._of(arrays, moved), [arrays[i] for i in moved], several)
+        gradients = [mx.zeros_like(array) for array in arrays]
+        for i, gradient in zip(moved, found, strict=True):
+            gradients[i] = gradient
+        return gradients
+
+    def _jvp(self, primals: Any, tangents: Any) -> list[mx.array]:
+        self._refuse_gradient()
+        arrays, given = _tuple(primals), _tuple(tangents)
+        moved = [i for i, tangent in enumerate(given) if tangent is not None]
+        values = [arrays[i] for i in moved], [given[i] for i in moved]
+        return mx.jvp(self._of(arrays, moved), *values)[1]
+
+    def _of(self, arrays: Sequence[mx.array], moved: Sequence[int]) -> Callable[..., Any]:
+        """Return the reference as a function of some of its arguments, the others held."""
+
+        def function(*some: mx.array) -> list[mx.array]:
+            values = list(arrays)
+            for i, array in zip(moved, some, strict=True):
+                values[i] = array
+            return self._reference(values)
+
+        return function
+
+    def _refuse_gradient(self) -> None:
+        if self._opaque:
+            raise NotDifferentiable(
+                f"{self.name} has no gradient, because {self._opaque}; write it with known "
+                "functions, or give a gradient with mx.custom_function"
+            )
+
+    def _vmap(self, arrays: Any, axes: Any) -> tuple[Any, Any]:
+        several = _tuple(arrays)
+        where = axes if isinstance(axes, tuple) else (axes,)
+        places = self.kernel.form([_without(a, i) for a, i in zip(several, where, strict=True)])
+        # A value per column or per row would need a meaning that kernels do not give it.
+        if all(place == "element" for place in places.places):
+            size = next(a.shape[i] for a, i in zip(several, where, strict=True) if i is not None)
+            moved = [
+                mx.broadcast_to(a, (size, *a.shape)) if i is None else mx.moveaxis(a, i, 0)
+                for a, i in zip(several, where, strict=True)
+            ]
+            result = self._function(*moved)
+        else:
+            self._refuse_gradient()
+            batched = mx.vmap(lambda *some: _alone(self._reference(some)), in_axes=tuple(where))
+            result = batched(*several)
+        return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
+
+
+class _Reference:
+    """A kernel over rows in MLX operations, for inputs of one form."""
+
+    def __init__(self, kernel: RowKernel, form: Form, dtypes: tuple[mx.Dtype, ...]) -> None:
+        self.kernel = kernel
+        known, self.kinds = kernel.scope(form)
+        self.variables: dict[str, mx.Dtype] = {kernel.element: dtypes[0]}
+        self.variables |= dict(zip(kernel.inputs, dtypes, strict=True))
+        self.variables["d"] = mx.int32
+        for step, kind in zip(kernel.passes, self.kinds, strict=True):
+            self.variables |= {step.accumulator: TYPES[kind], step.result: TYPES[kind]}
+        self.types = Types("", known, form.kinds[0])
+        self.folds = [
+            self._folded(step, kind) for step, kind in zip(kernel.passes, self.kinds, strict=True)
+        ]
+        self.results = kernel.results(form, dtypes)
+        trees = [_tree(written.tree) for written in kernel.writes]
+        self.writes = program(trees, self.variables, self.results, self.types)
+
+    def __call__(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Compute the outputs: accumulators in their own type, results rounded at the end."""
+        first = arrays[0]
+        values = dict(zip(self.kernel.inputs, arrays, strict=True))
+        values[self.kernel.element] = first
+        values["d"] = mx.array(first.shape[-1], mx.int32)
+        for step, run in zip(self.kernel.passes, self.folds, strict=True):
+            values[step.result] = run(values)[..., None]
+        shape = first.shape
+        if self.kernel.per_row:
+            shape = (*shape[:-1], 1)
+        found = self.writes([values.get(name, first) for name in self.variables])
+        outputs = [mx.broadcast_to(value, shape) for value in found]
+        return [value[..., 0] for value in outputs] if self.kernel.per_row else outputs
+
+    def _folded(self, step: Pass, kind: str) -> Callable[[dict[str, mx.array]], mx.array]:
+        found, operator = step.fold(), step.operator()
+        if found is not None and ALONG_ROWS[found.operator] and operator == found.operator:
+            return self._at_once(step, kind, found.operator, found.term)
+        return self._one_by_one(step, kind)
+
+    def _program(self, tree: Tree, kind: str) -> Program:
+        return program([tree], self.variables, [TYPES[kind]], self.types, shaped=False)
+
+    def _arguments(self, values: dict[str, mx.array]) -> list[mx.array]:
+        """Return the values in the programs' order; what a formula cannot use yet is stood in."""
+        stand_in = values[self.kernel.element]
+        return [values.get(name, stand_in) for name in self.variables]
+
+    def _at_once(
+        self, step: Pass, kind: str, operator: str, term: Tree
+    ) -> Callable[[dict[str, mx.array]], mx.array]:
+        init, run = self._program(_tree(step.init.tree), kind), self._program(term, kind)
+        start = Name(step.accumulator)
+        joint = program(
+            [merged(operator, start, Name(step.result))],
+            self.variables,
+            [TYPES[kind]],
+            self.types,
+        )
+        begins = _tree(step.init.tree)
+        neutral = isinstance(begins, Number) and begins.value == identity(operator, kind).value
+        along = ALONG_ROWS[operator]
+        assert along is not None
+
+        def folded(values: dict[str, mx.array]) -> mx.array:
+            first = values[self.kernel.element]
+            arguments = self._arguments(values)
+            begin = _per_row(init(arguments)[0], first)
+            if first.shape[-1] == 0:
+                return begin
+            (terms,) = run(arguments)
+            result = along(mx.broadcast_to(terms, first.shape)).astype(TYPES[kind])
+            if neutral:
+                return result
+            known = values | {step.accumulator: begin, step.result: result}
+            return joint(self._arguments(known))[0]
+
+        return folded
+
+    def _one_by_one(self, step: Pass, kind: str) -> Callable[[dict[str, mx.array]], mx.array]:
+        init = self._program(_tree(step.init.tree), kind)
+        update = self._program(_tree(step.update.tree), kind)
+
+        def folded(values: dict[str, mx.array]) -> mx.array:
+            first = values[self.kernel.element]
+            accumulator = _per_row(init(self._arguments(values))[0], first)[..., None]
+            for column in range(first.shape[-1]):
+                here = {
+                    name: value[..., column : column + 1]
+                    if value.shape and value.shape[-1] == first.shape[-1]
+                    else value
+                    for name, value in values.items()
+                }
+                here[step.accumulator] = accumulator
+                (accumulator,) = update(self._arguments(here))
+            return accumulator[..., 0]
+
+        return folded
+
+
+def _per_row(value: mx.array, first: mx.array) -> mx.array:
+    """Return an initial value for each row, from a number or a formula of earlier results."""
+    return mx.broadcast_to(value[..., 0] if value.shape else value, first.shape[:-1])
+
+
+def _tree(tree: Tree | None) -> Tree:
+    assert tree is not None
+    return tree
+
+
+def _without(array: mx.array, axis: int | None) -> mx.array:
+    """Return an array of the shape that one example of a batch has."""
+    shape = list(array.shape)
+    if axis is not None:
+        del shape[axis]
+    return mx.zeros(shape, array.dtype)
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _alone(outputs: list[mx.array]) -> Any:
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)

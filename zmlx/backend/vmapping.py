@@ -1,0 +1,58 @@
+"""Whether a call happens inside `mx.vmap`.
+
+MLX asks every operation of a traced function how it is batched, also those whose result a custom
+function then replaces, and its custom kernels have no answer: `mx.vmap` of a function that launches
+one raises, whatever the custom function's own rule is. So inside `mx.vmap` operations with such a
+rule trace MLX operations instead, and launch their kernel from the rule. MLX has no call that tells
+whether `mx.vmap` is tracing; here it is wrapped, once, so that it leaves a mark while it does. It
+changes nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+
+class _Depth(threading.local):
+    value = 0
+
+
+_DEPTH = _Depth()
+
+
+def inside_vmap() -> bool:
+    """Return whether this thread is in a function that `mx.vmap` is tracing."""
+    return _DEPTH.value > 0
+
+
+def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        _DEPTH.value += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _DEPTH.value -= 1
+
+    return traced
+
+
+def install() -> None:
+    """Let `mx.vmap` leave a mark while it traces; the second call does nothing."""
+    stock = mx.vmap
+    if getattr(stock, "__zmlx__", False):
+        return
+
+    @functools.wraps(stock)
+    def vmap(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return stock(_marked(fun), *args, **kwargs)
+
+    vmap.__zmlx__ = True  # type: ignore[attr-defined]
+    mx.vmap = vmap
+
+
+install()
