@@ -12,6 +12,8 @@ import mlx.core as mx
 
 from zmlx.backend.cuda import CudaSource
 
+#: What every program of MLX begins with.
+START = '#include "mlx/backend/cuda/device/utils.cuh"\n#include <cooperative_groups.h>\n'
 #: What stands for MLX's own header, which is inside its CUDA library: the names a kernel can meet.
 UTILS = """
 #pragma once
@@ -80,7 +82,7 @@ def assemble(
     outputs: Sequence[tuple[str, mx.Dtype]],
     template: Sequence[tuple[str, object]] = (),
 ) -> str:
-    """Return the program that MLX makes of a kernel, for inputs of these dtypes and dimensions."""
+    """Return what MLX makes of a kernel with such inputs (dtype, dimensions), but for `START`."""
     parameters = []
     for n, (dtype, ndim) in zip(source.input_names, inputs, strict=True):
         parameters.append(f"const {DTYPES[dtype]}* {n}")
@@ -101,7 +103,6 @@ def assemble(
             constants.append(f"  constexpr {kind} {n} = {str(value).lower()};")
     return "\n".join(
         (
-            '#include "mlx/backend/cuda/device/utils.cuh"\n#include <cooperative_groups.h>\n',
             source.header,
             "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;",
             f"__global__ void custom_kernel_{name}({', '.join(parameters)}) {{",
@@ -112,8 +113,8 @@ def assemble(
     )
 
 
-def compile_program(program: str) -> str | None:
-    """Return None when a program compiles for an H200, else what the compiler says."""
+def compile_program(*kernels: str) -> str | None:
+    """Return None when kernels compile for an H200 in one program, else what the compiler says."""
     found = library()
     assert found is not None
     nvrtc, includes = found
@@ -121,7 +122,7 @@ def compile_program(program: str) -> str | None:
     names = (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh")
     texts = (ctypes.c_char_p * 1)(UTILS.encode())
     made = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(handle), program.encode(), b"kernel.cu", 1, texts, names
+        ctypes.byref(handle), (START + "\n".join(kernels)).encode(), b"kernel.cu", 1, texts, names
     )
     assert made == 0, f"nvrtcCreateProgram: {made}"
     options = [

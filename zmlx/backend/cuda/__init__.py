@@ -6,7 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from zmlx.backend.cuda.kernel import CudaKernel
+from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
 from zmlx.backend.cuda.tokens import TranslationError
@@ -26,7 +26,7 @@ def compiled(definition: Definition) -> Launch:
         RuntimeError: this MLX has no CUDA.
     """
     if definition.cuda is None:
-        return CudaKernel(definition)
+        return launch_of(definition)
     return cast(
         Launch,
         mx.fast.cuda_kernel(

@@ -9,62 +9,61 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.cuda.source import Translation, Variant
-from zmlx.backend.definition import Definition, Template
+from zmlx.backend.definition import Definition, Launch, Template
 
 #: Threads that a threadgroup may have, on Metal and on CUDA.
 MAX_THREADS = 1024
 
+_Kernel = Callable[..., list[mx.array]]
+_Size = tuple[int, int, int]
+_CUT = Variant(cut=True)
 
-class CudaKernel:
-    """A kernel in Metal's language as a function, on CUDA; see `zmlx.backend.definition.Launch`.
 
-    The text is made when a variant is first needed: one for grids that are multiples of the
-    threadgroup, one for others, and one for each set of inputs without dimensions. A call only
-    finds out which.
+def launch_of(definition: Definition) -> Launch:
+    """Return a kernel in Metal's language as a function, on CUDA.
+
+    It is a closure, and one that does little: it runs at every call of the kernel.
+
+    Raises:
+        TranslationError: the source holds something that CUDA has not.
     """
+    variants = _Variants(definition)
+    common = variants.get(Variant())
+    watched, count = variants.watched, len(definition.input_names)
 
-    __slots__ = ("_common", "_translation", "_variants", "_watched")
-
-    def __init__(self, definition: Definition) -> None:
-        self._translation = Translation(definition)
-        self._watched = self._translation.watched
-        self._variants: dict[Variant, Callable[..., list[mx.array]]] = {}
-        self._common = self._variant(Variant())
-
-    def __call__(
-        self,
+    def launch(
         *,
         inputs: Sequence[mx.array | float | int | bool],
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
+        grid: _Size,
+        threadgroup: _Size,
         template: Template | None = None,
         init_value: float | None = None,
         verbose: bool = False,
         stream: mx.Stream | mx.Device | None = None,
     ) -> list[mx.array]:
-        """Return the outputs, lazily.
-
-        Raises:
-            ValueError: the grid or threadgroup is not one that can be launched, or the number of
-                inputs or outputs is not the definition's.
-        """
-        kernel = self._common
         gx, gy, gz = grid
         tx, ty, tz = threadgroup
-        usual = 0 < tx * ty * tz <= MAX_THREADS and not (gx % tx or gy % ty or gz % tz)
-        if usual and gx and gy and gz:
-            for index in self._watched:
-                if not getattr(inputs[index], "ndim", 0):
-                    usual = False
-            for _, value in template or ():
+        usual = gx > 0 < gy and gz > 0 < tx and ty > 0 < tx * ty * tz <= MAX_THREADS
+        if not usual or len(inputs) != count:
+            variants.check(inputs, grid, threadgroup)
+        for index in watched:
+            if not getattr(inputs[index], "ndim", 0):
+                usual = False
+        if template is not None:
+            for _, value in template:
                 if type(value) is int and value < 0:
                     usual = False
-        else:
-            usual = False
         if not usual:
-            kernel, inputs, grid, template = self._unusual(inputs, grid, threadgroup, template)
+            kernel, inputs, grid, template = variants.of_call(inputs, grid, threadgroup, template)
+        elif (gx % tx and gx > tx) or (gy % ty and gy > ty) or (gz % tz and gz > tz):
+            # Threads of the blocks lie outside of the grid. Of an axis that is shorter than the
+            # threadgroup MLX makes one block that fits.
+            kernel = variants.get(_CUT)
+            inputs = [*inputs, _size((gx, gy, gz))]
+        else:
+            kernel = common
         return kernel(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -77,28 +76,56 @@ class CudaKernel:
             stream=stream,
         )
 
-    def _unusual(
-        self,
-        inputs: Sequence[Any],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        template: Template | None,
-    ) -> tuple[Callable[..., list[mx.array]], Sequence[Any], tuple[int, int, int], Template | None]:
-        """Return the kernel of a call, and its inputs, grid and template."""
-        self._check(inputs, grid, threadgroup)
-        variant = variant_of(self._translation, inputs, grid, threadgroup, template)
-        rest = [item for item in template or () if item not in variant.constants]
-        if variant.cut:
-            inputs = [*inputs, _size(tuple(grid))]
-            grid = (max(grid[0], 1), max(grid[1], 1), max(grid[2], 1))
-        return self._variant(variant), inputs, grid, rest or None
+    return launch
 
-    def _check(
-        self,
-        inputs: Sequence[Any],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-    ) -> None:
+
+class _Variants:
+    """The texts of a kernel, each made when a call first needs it.
+
+    There is one for grids that are multiples of the threadgroup, one for others, and one for each
+    set of inputs without dimensions and for each set of negative numbers in the template.
+    """
+
+    def __init__(self, definition: Definition) -> None:
+        self._translation = Translation(definition)
+        self._kernels: dict[Variant, _Kernel] = {}
+        self.watched = self._translation.watched
+
+    def get(self, variant: Variant) -> _Kernel:
+        """Return the kernel of a variant."""
+        kernel = self._kernels.get(variant)
+        if kernel is None:
+            source = self._translation.source(variant)
+            definition = self._translation.definition
+            made = mx.fast.cuda_kernel(
+                name=definition.name,
+                input_names=list(source.input_names),
+                output_names=list(definition.output_names),
+                source=source.body,
+                header=source.header,
+                ensure_row_contiguous=definition.ensure_row_contiguous,
+            )
+            kernel = self._kernels[variant] = cast(_Kernel, made)
+        return kernel
+
+    def of_call(
+        self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size, template: Template | None
+    ) -> tuple[_Kernel, Sequence[Any], _Size, Template | None]:
+        """Return the kernel that a call needs, and its inputs, grid and template."""
+        variant = variant_of(self._translation, inputs, grid, threadgroup, template)
+        if variant.constants and template is not None:
+            template = [item for item in template if item not in variant.constants]
+        if variant.cut:
+            gx, gy, gz = grid
+            inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
+        return self.get(variant), inputs, grid, template
+
+    def check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
+        """See whether a call can be launched; a grid may be empty.
+
+        Raises:
+            ValueError: the grid or threadgroup cannot be, or there are too few or many inputs.
+        """
         definition = self._translation.definition
         if len(inputs) != len(definition.input_names):
             raise ValueError(
@@ -114,38 +141,23 @@ class CudaKernel:
                 f"threads; 1 to {MAX_THREADS} can run together"
             )
 
-    def _variant(self, variant: Variant) -> Callable[..., list[mx.array]]:
-        if variant not in self._variants:
-            source = self._translation.source(variant)
-            definition = self._translation.definition
-            made = mx.fast.cuda_kernel(
-                name=definition.name,
-                input_names=list(source.input_names),
-                output_names=list(definition.output_names),
-                source=source.body,
-                header=source.header,
-                ensure_row_contiguous=definition.ensure_row_contiguous,
-            )
-            self._variants[variant] = cast(Callable[..., list[mx.array]], made)
-        return self._variants[variant]
-
 
 def variant_of(
     translation: Translation,
     inputs: Sequence[Any],
-    grid: tuple[int, int, int],
-    threadgroup: tuple[int, int, int],
+    grid: _Size,
+    threadgroup: _Size,
     template: Template | None,
 ) -> Variant:
     """Return which text a call needs."""
-    scalars = tuple(i for i in translation.watched if not getattr(inputs[i], "ndim", 0))
+    scalars = tuple([i for i in translation.watched if not getattr(inputs[i], "ndim", 0)])
     # MLX writes the template's numbers into the kernel's name, where a minus cannot stand.
-    negative = tuple((n, v) for n, v in template or () if type(v) is int and v < 0)
-    cut = any(g == 0 or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
+    negative = tuple([(n, v) for n, v in template or () if type(v) is int and v < 0])
+    cut = any(not g or (g > t and g % t) for g, t in zip(grid, threadgroup, strict=True))
     return Variant(cut, scalars, negative)
 
 
 @lru_cache(maxsize=256)
-def _size(grid: tuple[int, ...]) -> mx.array:
+def _size(grid: _Size) -> mx.array:
     """Return a grid's size as an input; the same few sizes come again and again."""
     return mx.array(grid, dtype=mx.int32)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from zmlx.backend.cuda.tokens import TranslationError
 from zmlx.backend.cuda.translate import always_indexed, names_in, translate_body, translate_header
@@ -42,8 +42,7 @@ GRID_NAMES = {
 GRID_INPUT = "zmlx_grid"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What changes a kernel's text from call to call.
 
     Attributes:
@@ -70,13 +69,11 @@ class Translation:
     """A definition in CUDA C++; what its variants share is translated once.
 
     Raises:
-        TranslationError: the source or header holds something that CUDA has not, or a name is no
-            C identifier or used twice.
+        TranslationError: the source or header holds something that CUDA has not.
     """
 
     def __init__(self, definition: Definition) -> None:
         self.definition = definition
-        _check_names(definition)
         self._body = self._translated("source", translate_body, definition.source)
         header = self._translated("header", translate_header, definition.header)
         self.header = f'#include "{PRELUDE}"\n'
@@ -103,7 +100,7 @@ class Translation:
             or any(f"{name}_{what}" in source for what in ("shape", "strides", "ndim"))
         )
 
-    def source(self, variant: Variant = Variant()) -> CudaSource:
+    def source(self, variant: Variant) -> CudaSource:
         """Return the text of a variant.
 
         Raises:
@@ -169,17 +166,3 @@ class Translation:
             return translate(text)
         except TranslationError as error:
             raise TranslationError(f"kernel {self.definition.name!r}, {where}, {error}") from error
-
-
-def _check_names(definition: Definition) -> None:
-    names: Sequence[str] = (*definition.input_names, *definition.output_names)
-    for name in (definition.name, *names):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise TranslationError(f"kernel {definition.name!r}: {name!r} is not a C identifier")
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise TranslationError(
-            f"kernel {definition.name!r}: {sorted(twice)[0]!r} names more than one array"
-        )
-    if not definition.output_names:
-        raise TranslationError(f"kernel {definition.name!r} has no output")

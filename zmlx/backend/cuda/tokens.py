@@ -13,7 +13,7 @@ _TOKEN = re.compile(
     | (?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')
     | (?P<number>\.?\d(?:[eE][+-](?=\d)|[pP][+-]|[\w.'])*)
     | (?P<name>[A-Za-z_]\w*)
-    | (?P<mark>::|->|<<=|>>=|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|<<|\.\.\.|[^\w\s])
+    | (?P<mark>::|->|<<=|>>=|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|<<|\.\.\.|[^\w\s"'`])
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -69,15 +69,37 @@ def tokenize(text: str) -> list[Token]:
 def text_of(tokens: Iterable[Token]) -> str:
     """Return the tokens as a source; words that would grow together are kept apart."""
     parts: list[str] = []
-    last = ""
+    last, dropped = "", None
     for token in tokens:
-        if not token.text and "\n" not in token.space:
+        space = token.space if dropped is None else _joined(dropped, token.space)
+        dropped = None if token.text else space
+        if not token.text:
             continue
-        if not token.space and _is_word(last[-1:]) and _is_word(token.text[:1]):
-            parts.append(" ")
-        parts.append(token.space + token.text)
+        if not space and _is_word(last[-1:]) and _is_word(token.text[:1]):
+            space = " "
+        parts.append(space + token.text)
         last = token.text
-    return "".join(parts)
+    return "".join(parts) + (dropped or "")
+
+
+def check_brackets(tokens: Sequence[Token]) -> None:
+    """See that every bracket has its other half.
+
+    Raises:
+        TranslationError: one has not; the text names it and its line.
+    """
+    opened: list[Token] = []
+    for token in tokens:
+        if token.kind != "mark":
+            continue
+        if token.text in BRACKETS:
+            opened.append(token)
+        elif token.text in BRACKETS.values():
+            if not opened or BRACKETS[opened[-1].text] != token.text:
+                raise TranslationError(f"line {token.line}: {token.text!r} closes nothing")
+            opened.pop()
+    if opened:
+        raise TranslationError(f"line {opened[-1].line}: {opened[-1].text!r} is never closed")
 
 
 def inserted(code: str, like: Token) -> list[Token]:
@@ -105,6 +127,11 @@ def closing(tokens: Sequence[Token], opening: int) -> int:
                 return index
     at = tokens[opening]
     raise TranslationError(f"line {at.line}: {at.text!r} is never closed")
+
+
+def _joined(before: str, after: str) -> str:
+    """Return the space left by a token that is gone: the one before it, and all line ends."""
+    return before + after if "\n" in after else before
 
 
 def _is_word(character: str) -> bool:

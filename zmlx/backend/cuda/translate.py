@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 from zmlx.backend.cuda.tokens import (
     BRACKETS,
     Token,
     TranslationError,
+    check_brackets,
     closing,
     inserted,
     text_of,
@@ -51,7 +53,7 @@ def translate_header(text: str) -> str:
     Raises:
         TranslationError: it holds something that CUDA has not; the text names it and its line.
     """
-    return text_of(_common(tokenize(text), at_file_level=True))
+    return text_of(_common(_checked(text), at_file_level=True))
 
 
 def translate_body(text: str) -> str:
@@ -60,7 +62,7 @@ def translate_body(text: str) -> str:
     Raises:
         TranslationError: as for `translate_header`.
     """
-    return text_of(_converge(_common(tokenize(text), at_file_level=False)))
+    return text_of(_converge(_common(_checked(text), at_file_level=False)))
 
 
 def names_in(text: str) -> frozenset[str]:
@@ -83,6 +85,12 @@ def always_indexed(name: str, text: str) -> bool:
         if token.text == name and tokens[index + 1].text != "[":
             return False
     return True
+
+
+def _checked(text: str) -> list[Token]:
+    tokens = tokenize(text)
+    check_brackets(tokens)
+    return tokens
 
 
 def _common(tokens: list[Token], *, at_file_level: bool) -> list[Token]:
@@ -133,7 +141,7 @@ def _pragma(text: str, line: int) -> str:
             f"line {line}: #{text} has no counterpart on CUDA, where the compiler fuses a product "
             "with a sum; give the kernel a body for CUDA (cuda=...) with __fmul_rn"
         )
-    if re.search(r"\bunroll\b", text) and "clang" in text:
+    if re.search(r"\bunroll(_count|\s*\(\s*(full|enable))", text):
         count = re.search(r"unroll_count\s*\(\s*(\w+)\s*\)", text)
         return "#pragma unroll" + (f" {count[1]}" if count else "")
     if re.search(r"\bnounroll\b|unroll\s*\(\s*disable", text):
@@ -344,7 +352,7 @@ def _is_number(arm: Sequence[Token]) -> bool:
 
 
 def _stays(arms: Sequence[Token]) -> bool:
-    """Whether to leave a conditional alone: each arm is written twice, which would grow too long."""
+    """Whether to leave a conditional alone: each arm is written twice, which grows."""
     return sum(t.text == "?" for t in arms) > 7 or any(t.text in ("{", "}") for t in arms)
 
 
@@ -384,7 +392,7 @@ def _converge(tokens: list[Token]) -> list[Token]:
 def _together(statement: list[Token]) -> list[Token]:
     calls = any(
         t.kind == "name" and _ACROSS_LANES.fullmatch(t.text) and following.text in ("(", "<")
-        for t, following in zip(statement, statement[1:], strict=False)
+        for t, following in pairwise(statement)
     )
     starts = [i for i, t in enumerate(statement) if t.text and t.kind != "directive"]
     if not calls or not starts or statement[starts[0]].text in ("else", "while", "case", "default"):

@@ -91,18 +91,22 @@ struct selected {
   value operator/=(value o) const { return *this = value(*this) / o; }
 };
 
+// Which private constructor is meant.
+struct repeated {};
+struct listed {};
+
 template <class T, int N>
 struct vec : components<T, N> {
   using scalar = T;
 
   vec() = default;
   template <class S, enable_if_t<is_scalar_v<S>, int> = 0>
-  constexpr vec(S s) : vec(cuda::std::make_integer_sequence<int, N>(), s) {}
+  constexpr vec(S s) : vec(repeated(), cuda::std::make_integer_sequence<int, N>(), s) {}
   template <class U>
-  explicit constexpr vec(vec<U, N> o) : vec(cuda::std::make_integer_sequence<int, N>(), 0, o) {}
+  explicit constexpr vec(vec<U, N> o) : vec(listed(), cuda::std::make_integer_sequence<int, N>(), o) {}
   template <class A, class B, class... More>
   constexpr vec(A a, B b, More... more)
-      : vec(cuda::std::make_integer_sequence<int, N>(), 0, a, b, more...) {
+      : vec(listed(), cuda::std::make_integer_sequence<int, N>(), a, b, more...) {
     static_assert((width<A>::value + width<B>::value + ... + width<More>::value) == N,
                   "a vector takes one value for each component, or one for all");
   }
@@ -162,13 +166,11 @@ struct vec : components<T, N> {
 #undef ZMLX_VEC
 
  private:
-  template <class, int>
-  friend struct vec;
   template <int... I, class S>
-  constexpr vec(cuda::std::integer_sequence<int, I...>, S s)
+  constexpr vec(repeated, cuda::std::integer_sequence<int, I...>, S s)
       : components<T, N>((void(I), static_cast<T>(s))...) {}
   template <int... I, class... A>
-  constexpr vec(cuda::std::integer_sequence<int, I...>, int, const A&... a)
+  constexpr vec(listed, cuda::std::integer_sequence<int, I...>, const A&... a)
       : components<T, N>(static_cast<T>(pick<I>(a...))...) {}
 };
 
