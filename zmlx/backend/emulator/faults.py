@@ -60,10 +60,6 @@ class Misaligned(Fault):
     """A vector read or written at an address that is no multiple of its alignment."""
 
 
-class StackOverflow(Fault):
-    """Local variables that need too much memory, or those of another thread."""
-
-
 #: in the order of `Kind` in emulator_memory.h
 KINDS: tuple[type[Fault], ...] = (
     OutOfBounds,
@@ -73,7 +69,6 @@ KINDS: tuple[type[Fault], ...] = (
     Divergence,
     Unwritten,
     Misaligned,
-    StackOverflow,
 )
 
 

@@ -6,7 +6,10 @@
 using namespace zmlx::emulator;
 
 namespace {
-Hooks hooks;
+// Nobody looks while the library is loaded.
+void ignore(const void*) {}
+#define IGNORE {ignore, ignore, ignore, ignore, ignore}
+Hooks hooks{IGNORE, IGNORE};
 SharedVariable* variables = nullptr;
 } // namespace
 
@@ -26,10 +29,10 @@ SharedVariable* variables = nullptr;
   }
 #define UNALIGNED(bytes, index)                                  \
   extern "C" void __tsan_unaligned_read##bytes(void* address) {  \
-    hooks.unaligned_read[index](address);                        \
+    hooks.read[index](address);                        \
   }                                                              \
   extern "C" void __tsan_unaligned_write##bytes(void* address) { \
-    hooks.unaligned_write[index](address);                       \
+    hooks.write[index](address);                       \
   }
 ACCESS(1, 0)
 ACCESS(2, 1)
@@ -68,19 +71,15 @@ void zmlx_register_shared(SharedVariable* variable) {
   variables = variable;
 }
 
-// What the compiler's check of constant bounds calls, with the layout of its description.
-struct Place {
-  const char* file;
-  uint32_t line;
-  uint32_t column;
-};
+// What the compiler's own checks call (indices outside of constant bounds, alignment), with the
+// layout of what they are given.
 struct Type {
   uint16_t kind;
   uint16_t info; // of whole numbers: bit 0 is set for signed ones, above it the logarithm of the bits
   char name[];
 };
 struct OutOfBounds {
-  Place place;
+  Site site;
   const Type* array;
   const Type* index;
 };
@@ -90,10 +89,18 @@ void __ubsan_handle_out_of_bounds(const OutOfBounds* data, uintptr_t index) {
   if ((data->index->info & 1) != 0 && bits < 64) {
     value = int64_t(uint64_t(value) << (64 - bits)) >> (64 - bits);
   }
-  hooks.index_outside(data->place.file, data->place.line, value, data->array->name);
+  hooks.index_outside(&data->site, value, data->array->name);
 }
-void __ubsan_handle_out_of_bounds_abort(const OutOfBounds* data, uintptr_t index) {
-  __ubsan_handle_out_of_bounds(data, index);
+struct Mismatch {
+  Site site;
+  const Type* type;
+  unsigned char alignment; // its logarithm
+  unsigned char kind;
+};
+void __ubsan_handle_type_mismatch_v1(const Mismatch* data, uintptr_t address) {
+  hooks.misaligned(
+      &data->site, reinterpret_cast<void*>(address), size_t(1) << data->alignment,
+      data->type->name);
 }
 }
 

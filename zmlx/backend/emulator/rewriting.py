@@ -14,6 +14,8 @@ _TOKEN = re.compile(
     r"|[A-Za-z_]\w*|\d[\w.]*|\s+|.",
     re.DOTALL | re.MULTILINE,
 )
+#: of parameters that the host gives memory; the word is a macro and would leave nothing
+_ARGUMENT = re.compile(r"\[\[\s*threadgroup\(\s*\d+\s*\)\s*\]\]")
 _FUNCTION_CONSTANT = re.compile(
     r"\bconstant\s+(?P<type>\w+)\s+(?P<name>\w+)\s*\[\[\s*function_constant\(\s*(?P<index>\d+)\s*\)"
     r"\s*\]\]\s*;"
@@ -26,7 +28,7 @@ def threadgroup_variables(source: str) -> str:
     Pointers and references to threadgroup memory are not touched; the word alone means nothing to
     the compiler.
     """
-    tokens = _TOKEN.findall(source)
+    tokens = _TOKEN.findall(_ARGUMENT.sub("", source))
     out: list[str] = []
     number = 0
     at = 0

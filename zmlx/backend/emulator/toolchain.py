@@ -29,9 +29,13 @@ HERE = Path(__file__).parent
 #: Longest time for one compilation, in seconds.
 TIME_LIMIT = 300
 
-_COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-w", "-g1")
+#: Most bytes of a function's local variables; the emulator's stacks hold twice as many.
+_MOST_LOCAL = 128 << 10
+
+_COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1")
 #: Rounding is IEEE's after each operation; literals are float as in Metal; each access to memory
-#: comes to the emulator (-fsanitize=thread), as does an index outside a constant bound.
+#: comes to the emulator (-fsanitize=thread), as do an index outside a constant bound and an address
+#: that is no multiple of its type's alignment.
 _KERNEL = (
     *_COMMON,
     "-O1",
@@ -40,8 +44,10 @@ _KERNEL = (
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-omit-frame-pointer",
-    "-fsanitize=thread,bounds",
+    "-fsanitize=thread,bounds,alignment",
     "-fno-strict-aliasing",
+    "-Wno-attributes",
+    f"-Werror=frame-larger-than={_MOST_LOCAL}",
 )
 _GCC = (
     "-fsingle-precision-constant",
@@ -49,7 +55,7 @@ _GCC = (
     "--param=tsan-instrument-func-entry-exit=0",
     "-fno-thread-jumps",
 )
-_CLANG = ("-mllvm", "-tsan-instrument-func-entry-exit=0", "-Wno-everything")
+_CLANG = ("-mllvm", "-tsan-instrument-func-entry-exit=0")
 _ERROR = re.compile(r"^(?P<place>[^\n]*?\([a-z]+\):\d+):(?P<rest>\d+: (?:fatal )?error: .*)$", re.M)
 
 

@@ -33,10 +33,12 @@ bool atomic(Access access) {
 }
 
 // Of an address that is `distance` bytes from the start of an array.
-std::string where(const std::string& name, int64_t distance, size_t item, size_t bytes) {
+std::string where(
+    const std::string& what, const std::string& name, int64_t distance, size_t item,
+    size_t bytes) {
   const auto size = int64_t(item);
   const int64_t index = distance >= 0 ? distance / size : -((-distance + size - 1) / size);
-  return "element " + std::to_string(index) + " of '" + name + "', which has " +
+  return "element " + std::to_string(index) + " of " + what + " '" + name + "', which has " +
       std::to_string(bytes / item);
 }
 
@@ -56,19 +58,9 @@ bool Launch::ordered(const Moment& earlier) const {
        earlier.simd_epoch < simdgroups_[current_ / kLanes].epoch);
 }
 
-void Launch::access(
-    uintptr_t address, size_t bytes, Access access, bool aligned, uintptr_t pc) {
+void Launch::access(uintptr_t address, size_t bytes, Access access, uintptr_t pc) {
   settle();
   if (memory_.holds(address)) {
-    if (aligned && address % std::min<size_t>(bytes, 16) != 0) {
-      const Buffer& buffer = memory_.near(address);
-      fail(
-          Kind::misaligned,
-          std::string(verb(access)) + " " + std::to_string(bytes) + " bytes at byte " +
-              std::to_string(int64_t(address) - int64_t(buffer.data)) + " of '" + buffer.name +
-              "', which is no multiple of their alignment",
-          pc);
-    }
     check_buffer(memory_.near(address), address, bytes, access, pc);
   } else if (shared_.holds(address)) {
     check_shared(address, bytes, access, pc);
@@ -85,21 +77,30 @@ void Launch::access(
   }
 }
 
+void Launch::misaligned(
+    const Site& site, uintptr_t address, size_t alignment, const char* type) {
+  std::string where = "an address";
+  if (memory_.holds(address)) {
+    const Buffer& buffer = memory_.near(address);
+    where = "byte " + std::to_string(int64_t(address) - int64_t(buffer.data)) + " of '" +
+        buffer.name + "'";
+  }
+  fail_at(
+      Kind::misaligned,
+      std::string("takes a ") + type + " at " + where + ", which is no multiple of " +
+          std::to_string(alignment),
+      site);
+}
+
 void Launch::stray(uintptr_t address, Access access, uintptr_t pc) {
   const auto stacks = reinterpret_cast<uintptr_t>(stacks_.begin());
-  if (address - stacks < kStackBytes * kMostThreads) {
-    const bool overflow = address < stack_ && stack_ - address < kStackBytes;
-    fail(
-        Kind::stack,
-        overflow ? "local variables need more than " + std::to_string(kStackBytes >> 10) + " KB"
-                 : std::string(verb(access)) + " a local variable of another thread",
-        pc);
-  }
+  const bool local = address - stacks < kStackBytes * kMostThreads;
   fail(
       Kind::out_of_bounds,
       std::string(verb(access)) +
-          (library_.holds(address) ? " a constant of the program scope"
-                                   : " an address that is in no array"),
+          (local                     ? " a local variable of another thread"
+               : library_.holds(address) ? " a constant of the program scope"
+                                         : " an address that is in no array"),
       pc);
 }
 
@@ -111,7 +112,8 @@ void Launch::check_buffer(
         Kind::out_of_bounds,
         std::string(verb(access)) + " " +
             where(
-                buffer.name, distance >= 0 ? std::max(distance, int64_t(buffer.bytes)) : distance,
+                buffer.writable ? "output" : "input", buffer.name,
+                distance >= 0 ? std::max(distance, int64_t(buffer.bytes)) : distance,
                 buffer.item, buffer.bytes),
         pc);
   }
@@ -182,15 +184,17 @@ void Launch::check_shared(uintptr_t address, size_t bytes, Access access, uintpt
   int64_t distance = 0;
   const SharedVariable* variable = shared_.layout.near(offset, &distance);
   if (distance < 0 || uint64_t(distance) + bytes > variable->bytes) {
+    const int64_t outside = distance < 0 ? distance : std::max(distance, int64_t(variable->bytes));
     fail(
         Kind::out_of_bounds,
-        std::string(verb(access)) + " byte " + std::to_string(distance) +
-            " of threadgroup variable '" + variable->name + "', which has " +
-            std::to_string(variable->bytes),
+        std::string(verb(access)) + " " +
+            where(
+                "threadgroup variable", variable->name, outside, variable->item, variable->bytes),
         pc);
   }
   const auto name = [&] {
-    return "byte " + std::to_string(distance) + " of threadgroup variable '" + variable->name + "'";
+    return "element " + std::to_string(size_t(distance) / variable->item) +
+        " of threadgroup variable '" + variable->name + "'";
   };
   const auto race = [&](const Moment& other, const char* deed, const char* what) {
     return std::string(what) + " " + name() + ", which " + describe_thread(other.thread) + " " +
@@ -201,11 +205,9 @@ void Launch::check_shared(uintptr_t address, size_t bytes, Access access, uintpt
     SharedMemory::Cell& cell = shared_.cells[i];
     if (cell.writer.group != group_number_) {
       if (reads(access)) {
-        fail(
+        defer(
             Kind::uninitialized,
-            std::string(verb(access)) + " " + name() +
-                ", which this threadgroup wrote nothing to before",
-            pc);
+            std::string(verb(access)) + " " + name() + ", which this threadgroup never wrote", pc);
       }
     } else if (!ordered(cell.writer) && !(cell.writer.atomic != 0 && atomic(access))) {
       if (access != kWrite) {
@@ -237,6 +239,16 @@ void Launch::check_shared(uintptr_t address, size_t bytes, Access access, uintpt
   }
 }
 
+// Whether a thread that reads too early does so for lack of a barrier shows when another one writes:
+// until the next barrier, or another fault, this one waits.
+void Launch::defer(Kind kind, std::string text, uintptr_t pc) {
+  if (!deferred_) {
+    deferred_ = std::make_unique<Fault>(fault_of(kind, std::move(text)));
+    deferred_->thread = describe_thread(current_);
+    deferred_->offset = pc - library_.begin();
+  }
+}
+
 // The write has not happened yet: it is looked at before the next access.
 void Launch::expect_same(
     uintptr_t address, size_t bytes, uintptr_t pc, std::string what) {
@@ -264,13 +276,12 @@ void Launch::settle() {
 
 namespace {
 
-template <Access kind, size_t bytes, bool aligned>
+template <Access kind, size_t bytes>
 void one(const void* address) {
   Launch* launch = current_launch();
   const auto at = reinterpret_cast<uintptr_t>(address);
   if (!launch->on_own_stack(at)) {
-    launch->access(
-        at, bytes, kind, aligned, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+    launch->access(at, bytes, kind, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   }
 }
 
@@ -279,14 +290,13 @@ void range(const void* address, size_t bytes) {
   Launch* launch = current_launch();
   const auto at = reinterpret_cast<uintptr_t>(address);
   if (bytes != 0 && !launch->on_own_stack(at)) {
-    launch->access(
-        at, bytes, kind, false, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+    launch->access(at, bytes, kind, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   }
 }
 
 void update(const void* address, size_t bytes, uint32_t kind) {
   current_launch()->access(
-      reinterpret_cast<uintptr_t>(address), bytes, Access(kind), true,
+      reinterpret_cast<uintptr_t>(address), bytes, Access(kind),
       reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
 }
 
@@ -304,24 +314,21 @@ void* shared(SharedVariable* variable) {
   return current_launch()->shared(*variable);
 }
 
-void index_outside(const char* file, uint32_t line, int64_t index, const char* type) {
+void index_outside(const Site* site, int64_t index, const char* type) {
   current_launch()->fail_at(
-      Kind::out_of_bounds, "takes element " + std::to_string(index) + " of " + type,
-      Site{file, line, 0});
+      Kind::out_of_bounds, "takes element " + std::to_string(index) + " of " + type, *site);
+}
+
+void misaligned(const Site* site, const void* address, size_t alignment, const char* type) {
+  current_launch()->misaligned(*site, reinterpret_cast<uintptr_t>(address), alignment, type);
 }
 
 } // namespace
 
 const Hooks& hooks() {
   static const Hooks functions{
-      {one<kRead, 1, true>, one<kRead, 2, true>, one<kRead, 4, true>, one<kRead, 8, true>,
-       one<kRead, 16, true>},
-      {one<kWrite, 1, true>, one<kWrite, 2, true>, one<kWrite, 4, true>, one<kWrite, 8, true>,
-       one<kWrite, 16, true>},
-      {one<kRead, 1, false>, one<kRead, 2, false>, one<kRead, 4, false>, one<kRead, 8, false>,
-       one<kRead, 16, false>},
-      {one<kWrite, 1, false>, one<kWrite, 2, false>, one<kWrite, 4, false>,
-       one<kWrite, 8, false>, one<kWrite, 16, false>},
+      {one<kRead, 1>, one<kRead, 2>, one<kRead, 4>, one<kRead, 8>, one<kRead, 16>},
+      {one<kWrite, 1>, one<kWrite, 2>, one<kWrite, 4>, one<kWrite, 8>, one<kWrite, 16>},
       range<kRead>,
       range<kWrite>,
       update,
@@ -329,6 +336,7 @@ const Hooks& hooks() {
       exchange,
       shared,
       index_outside,
+      misaligned,
   };
   return functions;
 }

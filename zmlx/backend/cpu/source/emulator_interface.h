@@ -44,6 +44,7 @@ struct Exchange {
 struct SharedVariable {
   size_t bytes;
   size_t alignment;
+  size_t item; // bytes of an element
   const char* name;
   size_t offset;
   SharedVariable* next;
@@ -58,15 +59,14 @@ enum MemoryFlags : uint32_t { kMemoryDevice = 1, kMemoryThreadgroup = 2 };
 struct Hooks {
   void (*read[5])(const void*); // of 1, 2, 4, 8 and 16 bytes
   void (*write[5])(const void*);
-  void (*unaligned_read[5])(const void*);
-  void (*unaligned_write[5])(const void*);
   void (*read_range)(const void*, size_t);
   void (*write_range)(const void*, size_t);
   void (*atomic)(const void*, size_t, uint32_t access);
   void (*barrier)(uint32_t flags, uint32_t simdgroup, const Site*);
   const Exchange* (*exchange)(const void* value, size_t bytes, const Site*);
   void* (*shared)(SharedVariable*);
-  void (*index_outside)(const char* file, uint32_t line, int64_t index, const char* type);
+  void (*index_outside)(const Site*, int64_t index, const char* type);
+  void (*misaligned)(const Site*, const void* address, size_t alignment, const char* type);
 };
 
 using Entry = void (*)(void* const* buffers, const Position* position);

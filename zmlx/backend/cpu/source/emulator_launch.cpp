@@ -137,12 +137,19 @@ void Launch::run_threadgroup(const Triple& group, const Triple& size) {
     for (uint32_t i = 0; i < simdgroups; ++i) {
       run_simdgroup(i);
     }
+    raise_deferred();
     more = std::any_of(threads_.begin(), threads_.begin() + count_, [](const Thread& thread) {
       return thread.state == Thread::at_barrier;
     });
     if (more) {
       release_barrier();
     }
+  }
+}
+
+void Launch::raise_deferred() {
+  if (deferred_) {
+    throw *deferred_;
   }
 }
 
@@ -347,7 +354,7 @@ void* Launch::shared(const SharedVariable& variable) {
 }
 
 Fault Launch::fault_of(Kind kind, std::string text) const {
-  return {kind, std::move(text), name_, "", library_.file(), 0, ""};
+  return Fault(kind, std::move(text), name_, library_.file());
 }
 
 void Launch::fail(Kind kind, std::string text, uintptr_t pc) {
@@ -366,6 +373,9 @@ void Launch::fail_at(Kind kind, std::string text, const Site& site) {
 
 // A thread's stack cannot be unwound: the scheduler throws, and the thread never goes on.
 void Launch::fail(Fault fault) {
+  if (deferred_ && fault.kind != Kind::race) {
+    fault = *deferred_; // what came first
+  }
   if (!in_thread_) {
     throw fault;
   }

@@ -75,7 +75,8 @@ class Launch {
   void run();
 
   // What hooks call, on a thread's stack. `pc` is where in the kernel.
-  void access(uintptr_t address, size_t bytes, Access access, bool aligned, uintptr_t pc);
+  void access(uintptr_t address, size_t bytes, Access access, uintptr_t pc);
+  void misaligned(const Site& site, uintptr_t address, size_t alignment, const char* type);
   void barrier(uint32_t flags, bool simdgroup, const Site& site, void** frame);
   const Exchange* exchange(const void* value, size_t bytes, const Site& site, void** frame);
   void* shared(const SharedVariable& variable);
@@ -108,6 +109,8 @@ class Launch {
       uintptr_t pc);
   void expect_same(uintptr_t address, size_t bytes, uintptr_t pc, std::string what);
   void settle();
+  void defer(Kind kind, std::string text, uintptr_t pc);
+  void raise_deferred();
   bool ordered(const Moment& earlier) const;
   Moment now(Access access) const;
   std::string describe_thread(uint32_t index) const;
@@ -137,6 +140,7 @@ class Launch {
   Context scheduler_ = nullptr;
   bool in_thread_ = false;
   std::unique_ptr<Fault> fault_;
+  std::unique_ptr<Fault> deferred_;
 
   // A second write to a place that another thread wrote: harmless when it writes the same.
   struct Pending {

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator_interface.h"
@@ -23,11 +25,10 @@ enum class Kind : int {
   divergence,
   unwritten,
   misaligned,
-  stack,
 };
 
 // What a kernel did wrong. Becomes an exception of Python.
-struct Fault {
+struct Fault : std::exception {
   Kind kind;
   std::string text; // without the kernel's name and the thread
   std::string kernel;
@@ -35,6 +36,16 @@ struct Fault {
   std::string library; // file of the compiled kernel, with `offset` the place in it
   uintptr_t offset = 0;
   std::string place; // file and line, where they are known already
+
+  Fault(Kind kind, std::string text, std::string kernel, std::string library)
+      : kind(kind),
+        text(std::move(text)),
+        kernel(std::move(kernel)),
+        library(std::move(library)) {}
+
+  const char* what() const noexcept override {
+    return text.c_str();
+  }
 };
 
 // Who did something, and when: two deeds of different threads are ordered when a barrier is between.

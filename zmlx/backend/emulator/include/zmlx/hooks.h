@@ -28,9 +28,8 @@ namespace zmlx {
 // One per variable and instantiation of its function: `Tag` is a type of that function.
 template <class T, class Tag>
 struct Shared {
-  static inline emulator::SharedVariable variable = [] {
-    return emulator::SharedVariable{sizeof(T), alignof(T), "", 0, nullptr};
-  }();
+  static inline emulator::SharedVariable variable{
+      sizeof(T), alignof(T), sizeof(std::remove_all_extents_t<T>), "", 0, nullptr};
   struct Registered {
     Registered() {
       zmlx_register_shared(&variable);

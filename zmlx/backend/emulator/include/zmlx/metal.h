@@ -7,6 +7,7 @@
 #include <zmlx/math.h>
 #include <zmlx/hooks.h>
 #include <zmlx/simd.h>
+#include <zmlx/matrix.h>
 #include <zmlx/atomics.h>
 
 namespace metal {

@@ -45,7 +45,7 @@ struct Lanes {
   bool has(uint32_t lane) const {
     return lane < emulator::kLanes && (active >> lane & 1) != 0;
   }
-  T operator[](uint32_t lane) const {
+  __attribute__((no_sanitize("thread"))) T operator[](uint32_t lane) const {
     T value;
     __builtin_memcpy(&value, slots + lane * emulator::kSlotBytes, sizeof(T));
     return value;

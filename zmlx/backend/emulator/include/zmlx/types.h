@@ -89,6 +89,8 @@ using std::conjunction;
 using std::disjunction;
 using std::bool_constant;
 using std::declval;
+template <class T>
+using remove_addrspace_t = T;
 
 } // namespace metal
 

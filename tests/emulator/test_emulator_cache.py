@@ -1,0 +1,72 @@
+"""Compiled kernels are kept on disk, whole or not at all, for every process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from emulator.bodies import I, run, values
+
+from zmlx.backend.emulator import toolchain
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import mlx.core as mx
+from emulator.bodies import run
+print(run("{I} y[i] = x[i] * 3;", mx.arange(5)).tolist())
+"""
+TEXT = 'extern "C" __attribute__((visibility("default"))) void zmlx_entry() {}\n'
+
+
+def kernels():
+    return sorted(toolchain.toolchain().folder.glob("*/*.so"))
+
+
+def test_a_kernel_is_compiled_once(monkeypatch):
+    source = f"{I} y[i] = x[i] + {os.getpid()};"
+    before = len(kernels())
+    run(source, mx.arange(3), name="kept")
+    assert len(kernels()) == before + 1
+    monkeypatch.setattr(toolchain, "_compile_kernel", lambda *_: pytest.fail("compiled again"))
+    assert values(run(source, mx.arange(3), name="kept", ensure_row_contiguous=False)) == [
+        n + os.getpid() for n in range(3)
+    ]
+
+
+def test_processes_that_compile_the_same_at_once(tmp_path):
+    """They start with nothing but the native library: each makes the prelude or waits for it."""
+    native = toolchain.native.cache_folder()
+    (tmp_path / "native").symlink_to(native)
+    environment = {**os.environ, "ZMLX_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    assert outputs == ["[0, 3, 6, 9, 12]\n"] * 3
+    [folder] = (tmp_path / "emulator").iterdir()
+    assert len(list(folder.glob("*/*.so"))) == 1
+    assert not list(folder.glob("*/.*"))
+
+
+def test_threads_that_compile_the_same_text_at_once():
+    text = f"{TEXT}// {os.urandom(8).hex()}\n"
+    with ThreadPoolExecutor(4) as pool:
+        files = set(pool.map(lambda _: toolchain.compiled(text), range(4)))
+    assert len(files) == 1
+    assert files.pop().is_file()
+
+
+def test_a_compilation_that_fails_leaves_nothing():
+    before = set(toolchain.toolchain().folder.rglob("*"))
+    with pytest.raises(ValueError, match="does not compile"):
+        toolchain.compiled("no kernel")
+    left = set(toolchain.toolchain().folder.rglob("*")) - before
+    assert all(path.is_dir() for path in left)
