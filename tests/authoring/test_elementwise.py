@@ -174,7 +174,9 @@ def test_given_gradients_are_taken_as_they_are(backend):
     truth = mx.grad(lambda v: (v * mx.sigmoid(v)).sum())(x)
     assert close(mx.grad(lambda v: prelude(v).sum())(x), truth)
     # A gradient of a given gradient is derived from it.
-    assert mx.grad(lambda v: mx.grad(lambda w: cube(w).sum())(v).sum())(mx.array([2.0])).item() == 12
+    assert (
+        mx.grad(lambda v: mx.grad(lambda w: cube(w).sum())(v).sum())(mx.array([2.0])).item() == 12
+    )
 
 
 def test_functions_of_the_default_header(backend):
@@ -227,9 +229,7 @@ def test_under_compile_vmap_and_jvp(backend):
 
     (value,), (tangent,) = mx.jvp(weighted, [x, a, b], [mx.ones_like(x), b, x])
     assert close(value, truth)
-    _, (right,) = mx.jvp(
-        lambda x, a, b: a * x + b * mx.tanh(x), [x, a, b], [mx.ones_like(x), b, x]
-    )
+    _, (right,) = mx.jvp(lambda x, a, b: a * x + b * mx.tanh(x), [x, a, b], [mx.ones_like(x), b, x])
     assert close(tangent, right)
     _, (only,) = mx.jvp(lambda v: weighted(x, v, b), [a], [b])
     assert close(only, x * b)
@@ -246,7 +246,9 @@ def test_in_threads(backend):
             x = mx.arange(seed, seed + 50, dtype=mx.float32)
             gradient = mx.grad(lambda v: op(v).sum())
             for dtype in FLOATS:
-                assert close(op(x.astype(dtype)), (x * x - 1).astype(dtype).astype(mx.float32), dtype)
+                assert close(
+                    op(x.astype(dtype)), (x * x - 1).astype(dtype).astype(mx.float32), dtype
+                )
             assert close(gradient(x), 2 * x)
         except Exception as error:
             failures.append(error)

@@ -120,6 +120,13 @@ def test_a_mistake_beside_something_opaque_is_still_a_mistake():
         formula("mine(x) + z", ("x",), header="float mine(float v);")
 
 
+def test_names_inside_of_a_headers_functions_are_not_names_of_formulas():
+    header = "constant float SCALE = 2.0f;\nfloat mine(float inner) { return inner * SCALE; }"
+    assert "'SCALE' is defined outside" in formula("x * SCALE", ("x",), header=header).opaque
+    with pytest.raises(FormulaError, match="unknown name 'inner'"):
+        formula("x * inner", ("x",), header=header)
+
+
 def test_declarations_before_a_formula_are_put_in_their_place():
     read = formula(
         "g * (s + t)", ("x", "g"), prelude="float s = exp(x); // one\n const auto t = s * x;"
@@ -224,7 +231,7 @@ def test_functions_have_the_values_of_mathematics(name):
     names = dict(zip("abc", [mx.array(a.astype(np.float32)) for a in arguments], strict=False))
     tree = tree_of(call_of(name), header=DEFAULT_HEADER)
     types = Types("", dict.fromkeys(NAMES, "float"))
-    dtypes = {key: mx.float32 for key in names}
+    dtypes = dict.fromkeys(names, mx.float32)
     (result,) = program([tree], dtypes, [mx.float32], types)(list(names.values()))
     inputs = [np.float64(np.float32(a)) for a in arguments]
     truth = [exact(name, *values) for values in zip(*inputs, strict=True)]
