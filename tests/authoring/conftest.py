@@ -1,4 +1,4 @@
-"""Every backend that runs here: references and the emulator everywhere, a GPU where there is one."""
+"""Every backend that runs here: references, the emulator, and a GPU where there is one."""
 
 from __future__ import annotations
 
