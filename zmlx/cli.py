@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("zmlx.bench.command:bench", "Read the capsules that benchmarks write."),
     "profile": ("zmlx.profile.command:profile", "Show the release policy in force."),
     "family": ("zmlx.family.command:family", "Explain how a model is recognised."),
+    "kernels": ("zmlx.catalog.command:kernels", "List, show or run the kernels of the catalog."),
     "native": ("zmlx.backend.cpu.command:native", "Build, describe or clear the CPU kernels."),
     "tune": ("zmlx.tuning.command:tune", "List, show or clear the results of tuning."),
 }

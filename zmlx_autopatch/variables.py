@@ -34,6 +34,7 @@ TABLE: "dict[str, tuple[str, str, str]]" = {
         "",
         "alias of option moe_mlp.router_argpartition_logits_topk, family qwen",
     ),
+    "ZMLX_CLANG": ("a program", "clang", "clang 14 or later, which looks at Metal text for tests"),
     "ZMLX_CXX": ("a compiler", "c++, g++ or clang++", "compiler of the native CPU kernels"),
 }
 

@@ -15,33 +15,42 @@ MAX_THREADS = 1024
 #: Launches count threads with 32 bits.
 _LIMIT = 1 << 31
 
-_INPUTS = (mx.array, bool, int, float)
+
+def check_inputs(definition: Definition, inputs: Sequence[Any]) -> int:
+    """Return how many inputs of a launch are arrays; the others are numbers.
+
+    Raises:
+        TypeError: an input is neither.
+        ValueError: there are too many or too few.
+    """
+    _check_length(definition.name, "inputs", inputs, definition.input_names)
+    arrays = 0
+    for index, value in enumerate(inputs):
+        if isinstance(value, mx.array):
+            arrays += 1
+        elif not isinstance(value, bool | int | float):
+            raise TypeError(
+                f"kernel {definition.name!r}: input {definition.input_names[index]!r} is a "
+                f"{type(value).__name__}; give an mx.array or a number"
+            )
+    return arrays
 
 
 def check_arguments(
     definition: Definition,
-    *,
-    inputs: Sequence[Any],
     output_shapes: Sequence[Sequence[int]],
     output_dtypes: Sequence[mx.Dtype],
-    grid: Sequence[int],
-    threadgroup: Sequence[int],
     template: Sequence[tuple[str, Any]] | None,
 ) -> None:
-    """Refuse arguments of a launch that would fail late or read what is not there.
+    """Refuse outputs and templates of a launch that would fail late.
+
+    The grid has its own check, since it is not looked at where there is nothing to compute.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a number is out of range, or there are too many or too few of something.
     """
     name = definition.name
-    _check_length(name, "inputs", inputs, definition.input_names)
-    for array, label in zip(inputs, definition.input_names, strict=True):
-        if not isinstance(array, _INPUTS):
-            raise TypeError(
-                f"kernel {name!r}: input {label!r} is a {type(array).__name__}; "
-                "give an mx.array or a number"
-            )
     _check_length(name, "output_shapes", output_shapes, definition.output_names)
     _check_length(name, "output_dtypes", output_dtypes, definition.output_names)
     for shape in output_shapes:
@@ -49,7 +58,6 @@ def check_arguments(
     for dtype in output_dtypes:
         if not isinstance(dtype, mx.Dtype):
             raise TypeError(f"kernel {name!r}: output_dtypes holds {dtype!r}; give mx.Dtype values")
-    check_geometry(name, grid, threadgroup)
     if template:
         _check_template(definition, template)
 

@@ -11,10 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.backend.arguments import check_arguments
+from zmlx.backend.arguments import check_arguments, check_geometry, check_inputs
 from zmlx.backend.definition import Definition, Launch, Template
 from zmlx.backend.launch import launcher
 from zmlx.deprecation import takes_compute_dtype
+
+#: Shapes and geometries that a kernel remembers as checked; more than that start over.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class MetalKernel:
         self.stats = KernelStats()
         self._definition = spec.definition()
         self._launches: dict[str, Launch] = {}
+        self._checked: dict[Any, bool] = {}
 
     def __repr__(self) -> str:
         """Name the kernel and its arrays."""
@@ -162,24 +166,14 @@ class MetalKernel:
             inputs = arrays
         elif arrays:
             raise TypeError(f"kernel {self.spec.name!r}: give inputs by position or by name")
-        empty = bool(output_shapes) and all(0 in shape for shape in output_shapes)
-        check_arguments(
-            self._definition,
-            inputs=inputs,
-            output_shapes=output_shapes,
-            output_dtypes=output_dtypes,
-            # The grid of nothing is often computed, to nothing.
-            grid=(1, 1, 1) if empty else grid,
-            threadgroup=(1, 1, 1) if empty else threadgroup,
-            template=template,
-        )
-        if empty:
+        arrays_given = check_inputs(self._definition, inputs)
+        if self._is_empty(output_shapes, output_dtypes, grid, threadgroup, template):
             return [
                 mx.zeros(shape, dtype, stream=stream)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
         launch = self._launch(for_kernels(has_reference=False, stream=stream))
-        self._count(sum(isinstance(value, mx.array) for value in inputs))
+        self._count(arrays_given)
         return launch(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -214,6 +208,42 @@ class MetalKernel:
         self.stats.contiguity_checks += len(found)
         self.stats.non_row_contiguous_inputs += found.count(False)
         self.stats.launches_with_non_row_contiguous += not all(found)
+        return found
+
+    def _is_empty(
+        self,
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Template | None,
+    ) -> bool:
+        """Check what a launch is called with, once for equal ones; return if nothing is computed.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: a number is out of range, or there are too many or too few of something.
+        """
+        try:
+            key: Any = (
+                tuple(output_shapes),
+                tuple(output_dtypes),
+                grid,
+                threadgroup,
+                tuple(template or ()),
+            )
+            found = self._checked.get(key)
+        except TypeError:  # something is a list, or not what it should be
+            key, found = None, None
+        if found is None:
+            check_arguments(self._definition, output_shapes, output_dtypes, template)
+            found = all(0 in shape for shape in output_shapes)
+            if not found:
+                check_geometry(self.spec.name, grid, threadgroup)
+            if len(self._checked) >= _REMEMBERED:
+                self._checked.clear()
+            if key is not None:
+                self._checked[key] = found
         return found
 
     def _launch(self, backend: str) -> Launch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -18,10 +18,13 @@ from zmlx.backend import for_kernels
 from zmlx.backend.arguments import check_geometry
 from zmlx.backend.cpu import native
 from zmlx.backend.definition import Launch
+from zmlx.backend.vmapping import inside_vmap
 
 if TYPE_CHECKING:
     from zmlx.kernels.spec import KernelSpec
 
+#: In place of a backend: the function that `mx.vmap` traces.
+_TRACED = "vmap"
 #: Geometries that a kernel remembers for one set of options; more shapes than that start over.
 _REMEMBERED = 4096
 
@@ -48,9 +51,22 @@ class Geometry:
     template: tuple[tuple[str, mx.Dtype | int | bool], ...] = ()
     init_value: float | None = None
 
-    def is_empty(self) -> bool:
-        """Return whether there is nothing to compute."""
+    @cached_property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
         return 0 in self.grid or all(0 in shape for shape in self.output_shapes)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What a `Launch` is called with, besides the inputs."""
+        return {
+            "output_shapes": self.output_shapes,
+            "output_dtypes": self.output_dtypes,
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "template": self.template or None,
+            "init_value": self.init_value,
+        }
 
 
 class Bound:
@@ -63,17 +79,25 @@ class Bound:
         defaults = {key: v for key, v in named.items() if v is not inspect.Parameter.empty}
         self.options = {**defaults, **options}
         self.reference_options = {key: v for key, v in self.options.items() if key in named}
+        names = spec.definition.input_names if spec.definition else ()
+        # Inputs of the source that are no arguments of the reference by position are numbers.
+        self._scalars = [self.options[name] for name in names if name in named]
         self._geometries: dict[Any, Geometry] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, *arrays: mx.array) -> Any:
-        """Run the kernel where kernels run now, ready to be differentiated and batched."""
+        """Run the kernel where kernels run now, ready to be differentiated and batched.
+
+        Forward gradients (`mx.jvp`) exist where the reference runs; MLX has none for launches.
+        """
         backend = for_kernels(has_reference=True)
         if backend == "reference":
             self.geometry(arrays)  # refuses what a kernel would, with the same words
             if not native_serves(self.spec):
                 return self.reference(*arrays)
             backend = "cpu"
+        if inside_vmap():
+            backend = _TRACED
         function = self._functions.get(backend)
         if function is None:
             function = self._functions[backend] = self._differentiable(backend)
@@ -112,7 +136,7 @@ class Bound:
             found = geometry(*arrays, **self.options)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-        if not found.is_empty():
+        if not found.empty:
             check_geometry(name, found.grid, found.threadgroup)
         return found
 
@@ -120,34 +144,39 @@ class Bound:
         """Run one launch of the kernel's source."""
         geometry = self.geometry(arrays)
         assert geometry is not None
-        assert self.spec.definition is not None
-        scalars = [self.options[name] for name in self.spec.definition.input_names[len(arrays) :]]
-        if geometry.is_empty():
+        if geometry.empty:
             shapes = zip(geometry.output_shapes, geometry.output_dtypes, strict=True)
             outputs = [mx.zeros(shape, dtype) for shape, dtype in shapes]
         else:
-            outputs = launch(
-                inputs=[*arrays, *scalars],
-                output_shapes=geometry.output_shapes,
-                output_dtypes=geometry.output_dtypes,
-                grid=geometry.grid,
-                threadgroup=geometry.threadgroup,
-                template=geometry.template or None,
-                init_value=geometry.init_value,
-            )
+            outputs = launch(inputs=[*arrays, *self._scalars], **geometry.arguments)
         if self.spec.finish is not None:
             return self.spec.finish(outputs, arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def arguments(self, arrays: Arrays) -> dict[str, Any]:
+        """Return what a `Launch` is called with for these arrays."""
+        geometry = self.geometry(arrays)
+        assert geometry is not None
+        return {"inputs": [*arrays, *self._scalars], **geometry.arguments}
+
     def _differentiable(self, backend: str) -> Callable[..., Any]:
         """Make the function of one backend, with its transformations; once, not at each call."""
-        kernel = self.spec.implementation(backend)
-        options = self.options if backend != "cpu" else self.reference_options
-        function = mx.custom_function(lambda *arrays: kernel(*arrays, **options))
+        if backend == _TRACED:
+            function = mx.custom_function(self._traced)
+            function.vmap(self._vmap)
+        elif backend == "cpu":
+            kernel = self.spec.implementation(backend)
+            function = mx.custom_function(lambda *a: kernel(*a, **self.reference_options))
+        else:
+            launch = self.spec.launch(backend)
+            function = mx.custom_function(lambda *arrays: self.launched(launch, arrays))
         function.vjp(self._vjp)
-        function.jvp(self._jvp)
-        function.vmap(self._vmap)
         return function
+
+    def _traced(self, *arrays: mx.array) -> Any:
+        """Stand for the kernel while `mx.vmap` traces, which asks every operation how to batch."""
+        self.geometry(arrays)
+        return self.reference(*arrays)
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
         # MLX gives a lone argument without a tuple around it.
@@ -156,7 +185,7 @@ class Bound:
         if spec.gradient is None:
             return self._reference_vjp(arrays, cotangents)
         gradients = spec.gradient(arrays, cotangents, outputs, **self.options)
-        gradients = [gradients] if isinstance(gradients, mx.array) else list(gradients)
+        gradients = several(gradients)
         shapes = [g.shape if isinstance(g, mx.array) else None for g in gradients]
         if shapes != [array.shape for array in arrays]:
             raise ValueError(
@@ -166,37 +195,22 @@ class Bound:
         return gradients
 
     def _reference_vjp(self, arrays: Arrays, cotangents: Any) -> list[mx.array]:
-        self._refuse_gradient()
+        if self.spec.no_gradient:
+            raise ValueError(f"kernel {self.spec.name} has no gradient: {self.spec.no_gradient}")
+        # Integers cannot move; MLX still wants an array for each of them.
         floats = [i for i, a in enumerate(arrays) if mx.issubdtype(a.dtype, mx.floating)]
-        several = [cotangents] if isinstance(cotangents, mx.array) else list(cotangents)
-        _, found = mx.vjp(self._of_floats(arrays, floats), [arrays[i] for i in floats], several)
+
+        def of_floats(*some: mx.array) -> list[mx.array]:
+            values = list(arrays)
+            for i, array in zip(floats, some, strict=True):
+                values[i] = array
+            return several(self.reference(*values))
+
+        _, found = mx.vjp(of_floats, [arrays[i] for i in floats], several(cotangents))
         gradients = [mx.zeros_like(array) for array in arrays]
         for i, gradient in zip(floats, found, strict=True):
             gradients[i] = gradient
         return gradients
-
-    def _jvp(self, primals: Any, tangents: Any) -> list[mx.array]:
-        self._refuse_gradient()
-        if isinstance(primals, mx.array):
-            primals, tangents = (primals,), (tangents,)
-        moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
-        function = self._of_floats(primals, moved)
-        return mx.jvp(function, [primals[i] for i in moved], [tangents[i] for i in moved])[1]
-
-    def _of_floats(self, arrays: Arrays, moved: list[int]) -> Callable[..., list[mx.array]]:
-        """Return the reference as a function of some of its arguments, the others held."""
-
-        def function(*some: mx.array) -> list[mx.array]:
-            values = list(arrays)
-            for i, array in zip(moved, some, strict=True):
-                values[i] = array
-            return several(self.reference(*values))
-
-        return function
-
-    def _refuse_gradient(self) -> None:
-        if self.spec.no_gradient:
-            raise ValueError(f"kernel {self.spec.name} has no gradient: {self.spec.no_gradient}")
 
     def _vmap(self, arrays: Any, axes: Any) -> tuple[Any, Any]:
         if isinstance(arrays, mx.array):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from zmlx.backend import current
 from zmlx.backend.cpu import native
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
 from zmlx.kernels.calling import Geometry, bound, native_serves, several
 
@@ -51,6 +51,8 @@ class KernelSpec:
         reference: the same in plain MLX operations, accumulated in float32 or wider: the truth.
             Given float64 arrays, on the CPU, it computes in float64 if the kernel has a source.
         sample: builds small arguments for a configuration (keyword arguments such as `bits`).
+        values: parameter of the sample -> values that tests run through, for parameters that are
+            this kernel's own; the common ones are in `zmlx.catalog.configurations`.
         contract: backend -> contract, for the backends that have an implementation; what is
             promised of "metal" and "cuda" the emulator holds too.
         definition: the Metal source with its names. Its inputs are the array arguments and then
@@ -85,6 +87,7 @@ class KernelSpec:
     no_gradient: str = ""
     batched: tuple[bool, ...] = ()
     native: str | None = None
+    values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
     )
@@ -126,9 +129,18 @@ class KernelSpec:
             raise KernelUnavailable(f"{self.name} has no {backend} kernel")
         if backend == "cpu":
             return self._native()
-        assert self.definition is not None
-        launch = launcher(self.definition, backend)
+        launch = self.launch(backend)
         return lambda *arrays, **options: bound(self, options).launched(launch, arrays)
+
+    def launch(self, backend: str) -> Launch:
+        """Return the compiled source.
+
+        Raises:
+            KernelUnavailable: there is no source.
+        """
+        if self.definition is None:
+            raise KernelUnavailable(f"{self.name} has no {backend} kernel")
+        return launcher(self.definition, backend)
 
     def _native(self) -> Callable[..., mx.array]:
         try:
@@ -196,26 +208,58 @@ def relative_error(value: mx.array, truth: mx.array) -> float:
     return cast(float, error.item())
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """How far one output of a kernel is from its reference's.
+
+    Attributes:
+        error: largest error relative to the reference's largest element; NaN for another shape.
+        allowed: what the kernel's tolerance allows.
+        fault: what is wrong, empty if nothing is.
+    """
+
+    error: float
+    allowed: float
+    fault: str = ""
+
+
+def deviations(spec: KernelSpec, backend: str, configuration: Mapping[str, Any]) -> list[Deviation]:
+    """Run a kernel on the sample of a configuration, and compare each output.
+
+    Raises:
+        KernelUnavailable: the kernel has no implementation for the backend here.
+    """
+    kernel = spec.implementation(backend)
+    sample = spec.sample(**configuration)
+    values = several(kernel(*sample.args, **sample.kwargs))
+    # Made anew: a kernel that rewrites a graph may have used it up.
+    sample = spec.sample(**configuration)
+    truths = several(spec.reference(*sample.args, **sample.kwargs))
+    if len(values) != len(truths):
+        raise ValueError(f"it gave {len(values)} arrays where {len(truths)} are right")
+    return [_deviation(spec, *pair) for pair in zip(values, truths, strict=True)]
+
+
+def _deviation(spec: KernelSpec, value: mx.array, truth: mx.array) -> Deviation:
+    allowed = spec.tolerance[str(truth.dtype).rpartition(".")[2]]
+    nan = float("nan")
+    if value.shape != truth.shape:
+        fault = f"gave shape {value.shape} where {truth.shape} is right"
+        return Deviation(nan, allowed, fault)
+    if value.dtype != truth.dtype:
+        return Deviation(nan, allowed, f"gave {value.dtype} where {truth.dtype} is right")
+    error = relative_error(value, truth)
+    if not error <= allowed:
+        return Deviation(error, allowed, f"error {error:.1e}, allowed {allowed:.0e}")
+    return Deviation(error, allowed)
+
+
 @cache
 def _probe(
     spec: KernelSpec, backend: str, configuration: tuple[tuple[str, Any], ...]
 ) -> str | None:
     try:
-        kernel = spec.implementation(backend)
-        sample = spec.sample(**dict(configuration))
-        values = several(kernel(*sample.args, **sample.kwargs))
-        # Made anew: a kernel that rewrites a graph may have used it up.
-        sample = spec.sample(**dict(configuration))
-        truths = several(spec.reference(*sample.args, **sample.kwargs))
-        for value, truth in zip(values, truths, strict=True):
-            if value.shape != truth.shape:
-                return f"{spec.name} gave shape {value.shape} where {truth.shape} is right"
-            if value.dtype != truth.dtype:
-                return f"{spec.name} gave {value.dtype} where {truth.dtype} is right"
-            error = relative_error(value, truth)
-            limit = spec.tolerance[str(value.dtype).rpartition(".")[2]]
-            if not error <= limit:
-                return f"{spec.name} failed its probe: error {error:.1e}, allowed {limit:.0e}"
+        faults = [d.fault for d in deviations(spec, backend, dict(configuration)) if d.fault]
     except Exception as failure:  # noqa: BLE001 - whatever a kernel raises here, it is refused for
-        return f"{spec.name} failed its probe: {failure}"
-    return None
+        faults = [str(failure)]
+    return f"{spec.name} failed its probe: {faults[0]}" if faults else None

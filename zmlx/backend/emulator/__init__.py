@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from zmlx.backend.emulator.kernel import compiled
+from zmlx.backend.emulator.text import text
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "text"]

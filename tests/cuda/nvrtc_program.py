@@ -1,0 +1,142 @@
+"""Compiles kernels as MLX does, without a GPU: NVRTC and CUDA's headers from NVIDIA's wheels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import mlx.core as mx
+
+from zmlx.backend.cuda import CudaSource
+
+#: What stands for MLX's own header, which is inside its CUDA library: the names a kernel can meet.
+UTILS = """
+#pragma once
+#define MAX_NDIM 10
+#define WARP_SIZE 32
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+#include <cuda/std/complex>
+#include <cuda/std/limits>
+#include <cuda/std/tuple>
+namespace mlx::core::cu {
+using complex64_t = cuda::std::complex<float>;
+using Shape = cuda::std::array<int32_t, MAX_NDIM>;
+using Strides = cuda::std::array<int64_t, MAX_NDIM>;
+template <typename T, typename = void>
+struct Limits { static constexpr T max() { return cuda::std::numeric_limits<T>::max(); } };
+template <typename IdxT = int64_t>
+IdxT elem_to_loc(IdxT i, const int* shape, const int64_t* strides, int ndim) {
+  IdxT at = 0;
+  for (int d = ndim - 1; d >= 0; --d) { at += (i % shape[d]) * IdxT(strides[d]); i /= shape[d]; }
+  return at;
+}
+}
+"""
+DTYPES = {
+    mx.bool_: "bool",
+    mx.int8: "int8_t",
+    mx.int16: "int16_t",
+    mx.int32: "int32_t",
+    mx.int64: "int64_t",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.float32: "float",
+}
+
+
+@cache
+def library() -> tuple[ctypes.CDLL, tuple[str, ...]] | None:
+    """Return NVRTC and the include options, or None where NVIDIA's wheels are not installed."""
+    found: dict[str, Path] = {}
+    for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "mlx-cuda-13"):
+        try:
+            files = metadata.files(wheel) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name.startswith("libnvrtc.so") or file.as_posix().endswith(
+                ("include/cuda_fp16.h", "cuda/std/array")
+            ):
+                found.setdefault(file.name.split(".so")[0], Path(str(file.locate())))
+    if not {"libnvrtc", "cuda_fp16.h", "array"} <= found.keys():
+        return None
+    folders = (found["array"].parents[2], found["cuda_fp16.h"].parent)
+    return ctypes.CDLL(str(found["libnvrtc"])), tuple(f"--include-path={f}" for f in folders)
+
+
+def assemble(
+    name: str,
+    source: CudaSource,
+    inputs: Sequence[tuple[mx.Dtype, int]],
+    outputs: Sequence[tuple[str, mx.Dtype]],
+    template: Sequence[tuple[str, object]] = (),
+) -> str:
+    """Return the program that MLX makes of a kernel, for inputs of these dtypes and dimensions."""
+    parameters = []
+    for n, (dtype, ndim) in zip(source.input_names, inputs, strict=True):
+        parameters.append(f"const {DTYPES[dtype]}* {n}")
+        if ndim:
+            kinds = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
+            parameters += [
+                f"const __grid_constant__ {kind} {n}_{what}"
+                for what, kind in kinds.items()
+                if f"{n}_{what}" in source.body
+            ]
+    parameters += [f"{DTYPES[dtype]}* {n}" for n, dtype in outputs]
+    constants = []
+    for n, value in template:
+        if isinstance(value, mx.Dtype):
+            constants.append(f"  using {n} = {DTYPES[value]};")
+        else:
+            kind = "bool" if isinstance(value, bool) else "int"
+            constants.append(f"  constexpr {kind} {n} = {str(value).lower()};")
+    return "\n".join(
+        (
+            '#include "mlx/backend/cuda/device/utils.cuh"\n#include <cooperative_groups.h>\n',
+            source.header,
+            "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;",
+            f"__global__ void custom_kernel_{name}({', '.join(parameters)}) {{",
+            *constants,
+            source.body,
+            "}\n}",
+        )
+    )
+
+
+def compile_program(program: str) -> str | None:
+    """Return None when a program compiles for an H200, else what the compiler says."""
+    found = library()
+    assert found is not None
+    nvrtc, includes = found
+    handle = ctypes.c_void_p()
+    names = (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh")
+    texts = (ctypes.c_char_p * 1)(UTILS.encode())
+    made = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(handle), program.encode(), b"kernel.cu", 1, texts, names
+    )
+    assert made == 0, f"nvrtcCreateProgram: {made}"
+    options = [
+        "--device-as-default-execution-space",
+        "--gpu-architecture=sm_90a",
+        *includes,
+    ]
+    given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    try:
+        if nvrtc.nvrtcCompileProgram(handle, len(options), given) == 0:
+            return None
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetProgramLogSize(handle, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value + 1)
+        nvrtc.nvrtcGetProgramLog(handle, log)
+        return log.value.decode()
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(handle))

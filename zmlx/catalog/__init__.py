@@ -1,0 +1,1 @@
+"""The catalog of kernels as tables, pages and runs: `zmlx kernels`."""
