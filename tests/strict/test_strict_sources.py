@@ -18,6 +18,7 @@ from zmlx.authoring.elementwise import binary, unary
 from zmlx.authoring.functions import FUNCTIONS
 from zmlx.backend import launch, strict
 from zmlx.backend.definition import Definition
+from zmlx.backend.strict import launch as strict_launch
 from zmlx.catalog.configurations import configurations, in_words
 from zmlx.kernels.spec import KernelSpec, all_specs
 
@@ -100,9 +101,15 @@ def _strict_backend(monkeypatch):
     monkeypatch.setenv("ZMLX_BACKEND", "emulator")
     monkeypatch.setitem(launch._BACKENDS, "emulator", "zmlx.backend.strict")
     launch.forget()
+    before = _looks_taken()
     yield
-    assert launch.compiled_kernels(), "nothing was launched"
+    assert _looks_taken() > before, "nothing was launched"
     launch.forget()
+
+
+def _looks_taken() -> int:
+    taken = strict_launch._looked.cache_info()
+    return taken.hits + taken.misses
 
 
 def _looks(spec: KernelSpec) -> list[dict[str, Any]]:
