@@ -33,14 +33,14 @@ class Fold:
     term: Tree
 
 
-#: operator -> the fold of an array over its last axis with MLX; None where MLX has none
+#: operator -> the fold of an array's last axis, which stays, with MLX; None where MLX has none
 ALONG_ROWS: dict[str, Callable[[mx.array], mx.array] | None] = {
-    "+": lambda a: mx.sum(a, axis=-1),
-    "*": lambda a: mx.prod(a, axis=-1),
-    "max": lambda a: mx.max(a, axis=-1),
-    "min": lambda a: mx.min(a, axis=-1),
-    "&&": lambda a: mx.all(a, axis=-1),
-    "||": lambda a: mx.any(a, axis=-1),
+    "+": lambda a: mx.sum(a, axis=-1, keepdims=True),
+    "*": lambda a: mx.prod(a, axis=-1, keepdims=True),
+    "max": lambda a: mx.max(a, axis=-1, keepdims=True),
+    "min": lambda a: mx.min(a, axis=-1, keepdims=True),
+    "&&": lambda a: mx.all(a, axis=-1, keepdims=True),
+    "||": lambda a: mx.any(a, axis=-1, keepdims=True),
     "&": None,
     "|": None,
     "^": None,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from zmlx.authoring.folds import ALONG_ROWS, identity, merged
 from zmlx.authoring.formula.errors import NotDifferentiable
-from zmlx.authoring.formula.evaluate import Program, program
+from zmlx.authoring.formula.evaluate import program
 from zmlx.authoring.formula.inference import Types
 from zmlx.authoring.formula.kinds import TYPES
-from zmlx.authoring.formula.tree import Name, Number, Tree
+from zmlx.authoring.formula.tree import Name, Number, Tree, names
 from zmlx.authoring.rows import Form, Pass, RowKernel
 from zmlx.backend import for_kernels
 from zmlx.backend.launch import launcher
@@ -23,6 +24,8 @@ USUAL = 256
 _CANDIDATES = (32, 64, 128, 256, 512, 1024)
 #: Grids count threads along x with 32 bits.
 _WIDTH = 1 << 30
+#: Shapes that an operation remembers; more than that start over.
+_REMEMBERED = 4096
 _BACKENDS_TUNED = ("metal", "cuda")
 
 
@@ -64,6 +67,7 @@ class RowOperation:
         self._threadgroup = threadgroup
         self._length = length
         self._opaque = kernel.opaque
+        self._forms: dict[tuple[tuple[tuple[int, ...], mx.Dtype], ...], _Known] = {}
         self._references: dict[tuple[Form, tuple[mx.Dtype, ...]], _Reference] = {}
         function = mx.custom_function(self._forward)
         function.vjp(self._vjp)
@@ -94,12 +98,32 @@ class RowOperation:
         for array in arrays:
             if not isinstance(array, mx.array):
                 raise TypeError(f"{self.name} takes mx.arrays; got a {type(array).__name__}")
-        self.kernel.form(arrays)
-        if self._length is not None and arrays[0].shape[-1] != self._length:
-            raise ValueError(
-                f"{self.name} takes rows of {self._length} elements; got shape {arrays[0].shape}"
-            )
         return self._function(*arrays)
+
+    def _known(self, arrays: Sequence[mx.array]) -> _Known:
+        """Return what arrays mean to the kernel; looked up for shapes and dtypes seen before."""
+        key = tuple([(array.shape, array.dtype) for array in arrays])
+        found = self._forms.get(key)
+        if found is None:
+            form = self.kernel.form(arrays)
+            if self._length is not None and arrays[0].shape[-1] != self._length:
+                raise ValueError(
+                    f"{self.name} takes rows of {self._length} elements; got shape "
+                    f"{arrays[0].shape}"
+                )
+            if len(self._forms) >= _REMEMBERED:
+                self._forms.clear()
+            dtypes = tuple([array.dtype for array in arrays])
+            reference = None if self._opaque else self._reference_of(form, dtypes)
+            found = self._forms[key] = _Known(form, self.kernel.results(form, dtypes), reference)
+        return found
+
+    def _reference_of(self, form: Form, dtypes: tuple[mx.Dtype, ...]) -> _Reference:
+        """Return the reference for a form; shapes of one form share it."""
+        found = self._references.get((form, dtypes))
+        if found is None:
+            found = self._references[form, dtypes] = _Reference(self.kernel, form, dtypes)
+        return found
 
     def source(self, *dtypes: mx.Dtype) -> str:
         """Return the body of the kernel for whole rows of these dtypes; float32 by default."""
@@ -120,17 +144,14 @@ class RowOperation:
         return _alone(self._launched([mx.stop_gradient(array) for array in arrays], backend))
 
     def _reference(self, arrays: Sequence[mx.array]) -> list[mx.array]:
-        form = self.kernel.form(arrays)
-        key = (form, tuple([array.dtype for array in arrays]))
-        found = self._references.get(key)
-        if found is None:
-            found = self._references[key] = _Reference(self.kernel, *key)
-        return found(arrays)
+        reference = self._known(arrays).reference
+        assert reference is not None
+        return reference(arrays)
 
     def _launched(self, arrays: list[mx.array], backend: str) -> list[mx.array]:
-        form = self.kernel.form(arrays)
+        known = self._known(arrays)
+        form, dtypes = known.form, known.results
         first = arrays[0]
-        dtypes = self.kernel.results(form, [array.dtype for array in arrays])
         shape = first.shape[:-1] if self.kernel.per_row else first.shape
         length = first.shape[-1]
         rows = first.size // length if length else _product(first.shape[:-1])
@@ -240,109 +261,144 @@ class RowOperation:
         return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What an operation knows of arguments of certain shapes and dtypes.
+
+    Attributes:
+        form: what they mean to the kernel.
+        results: dtype of each output.
+        reference: the kernel in MLX operations; None when a formula is opaque.
+    """
+
+    form: Form
+    results: tuple[mx.Dtype, ...]
+    reference: _Reference | None
+
+
 class _Reference:
-    """A kernel over rows in MLX operations, for inputs of one form."""
+    """A kernel over rows in MLX operations, for inputs of one form.
+
+    A row's results keep a last axis of 1, so that they fit beside its elements.
+    """
 
     def __init__(self, kernel: RowKernel, form: Form, dtypes: tuple[mx.Dtype, ...]) -> None:
         self.kernel = kernel
-        known, self.kinds = kernel.scope(form)
-        self.variables: dict[str, mx.Dtype] = {kernel.element: dtypes[0]}
-        self.variables |= dict(zip(kernel.inputs, dtypes, strict=True))
-        self.variables["d"] = mx.int32
-        for step, kind in zip(kernel.passes, self.kinds, strict=True):
-            self.variables |= {step.accumulator: TYPES[kind], step.result: TYPES[kind]}
+        known, kinds = kernel.scope(form)
+        self.dtypes: dict[str, mx.Dtype] = {kernel.element: dtypes[0], "d": mx.int32}
+        self.dtypes |= dict(zip(kernel.inputs, dtypes, strict=True))
+        for step, kind in zip(kernel.passes, kinds, strict=True):
+            self.dtypes |= {step.accumulator: TYPES[kind], step.result: TYPES[kind]}
         self.types = Types("", known, form.kinds[0])
         self.folds = [
-            self._folded(step, kind) for step, kind in zip(kernel.passes, self.kinds, strict=True)
+            (step.result, self._folded(step, kind))
+            for step, kind in zip(kernel.passes, kinds, strict=True)
         ]
-        self.results = kernel.results(form, dtypes)
-        trees = [_tree(written.tree) for written in kernel.writes]
-        self.writes = program(trees, self.variables, self.results, self.types)
+        self.writes = [
+            self._program(_tree(written.tree), dtype)
+            for written, dtype in zip(kernel.writes, kernel.results(form, dtypes), strict=True)
+        ]
+        self.needs_length = any("d" in run.names for run in self._programs)
+
+    @property
+    def _programs(self) -> list[_Program]:
+        return [*self.writes, *(run for _, fold in self.folds for run in fold.programs)]
 
     def __call__(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Compute the outputs: accumulators in their own type, results rounded at the end."""
         first = arrays[0]
         values = dict(zip(self.kernel.inputs, arrays, strict=True))
         values[self.kernel.element] = first
-        values["d"] = mx.array(first.shape[-1], mx.int32)
-        for step, run in zip(self.kernel.passes, self.folds, strict=True):
-            values[step.result] = run(values)[..., None]
+        if self.needs_length:
+            values["d"] = mx.array(first.shape[-1], mx.int32)
+        for result, fold in self.folds:
+            values[result] = fold(first, values)
         shape = first.shape
-        if self.kernel.per_row:
-            shape = (*shape[:-1], 1)
-        found = self.writes([values.get(name, first) for name in self.variables])
-        outputs = [mx.broadcast_to(value, shape) for value in found]
-        return [value[..., 0] for value in outputs] if self.kernel.per_row else outputs
+        rows = (*shape[:-1], 1) if self.kernel.per_row else shape
+        outputs = [_shaped(run(values), rows) for run in self.writes]
+        return [value.reshape(shape[:-1]) for value in outputs] if self.kernel.per_row else outputs
 
-    def _folded(self, step: Pass, kind: str) -> Callable[[dict[str, mx.array]], mx.array]:
-        found, operator = step.fold(), step.operator()
-        if found is not None and ALONG_ROWS[found.operator] and operator == found.operator:
-            return self._at_once(step, kind, found.operator, found.term)
-        return self._one_by_one(step, kind)
+    def _program(self, tree: Tree, dtype: mx.Dtype) -> _Program:
+        return _Program(tree, self.dtypes, dtype, self.types)
 
-    def _program(self, tree: Tree, kind: str) -> Program:
-        return program([tree], self.variables, [TYPES[kind]], self.types, shaped=False)
-
-    def _arguments(self, values: dict[str, mx.array]) -> list[mx.array]:
-        """Return the values in the programs' order; what a formula cannot use yet is stood in."""
-        stand_in = values[self.kernel.element]
-        return [values.get(name, stand_in) for name in self.variables]
-
-    def _at_once(
-        self, step: Pass, kind: str, operator: str, term: Tree
-    ) -> Callable[[dict[str, mx.array]], mx.array]:
-        init, run = self._program(_tree(step.init.tree), kind), self._program(term, kind)
-        start = Name(step.accumulator)
-        joint = program(
-            [merged(operator, start, Name(step.result))],
-            self.variables,
-            [TYPES[kind]],
-            self.types,
+    def _folded(self, step: Pass, kind: str) -> _AtOnce | _OneByOne:
+        dtype, found, operator = TYPES[kind], step.fold(), step.operator()
+        init = self._program(_tree(step.init.tree), dtype)
+        if found is None or operator != found.operator or not ALONG_ROWS[operator]:
+            return _OneByOne(step.accumulator, init, self._program(_tree(step.update.tree), dtype))
+        start = step.init.tree
+        neutral = isinstance(start, Number) and start.value == identity(operator, kind).value
+        both = merged(operator, Name(step.accumulator), Name(step.result))
+        return _AtOnce(
+            step,
+            operator,
+            init,
+            self._program(found.term, dtype),
+            None if neutral else self._program(both, dtype),
         )
-        begins = _tree(step.init.tree)
-        neutral = isinstance(begins, Number) and begins.value == identity(operator, kind).value
+
+
+class _Program:
+    """A formula in MLX operations, of values by their names."""
+
+    def __init__(
+        self, tree: Tree, dtypes: Mapping[str, mx.Dtype], result: mx.Dtype, types: Types
+    ) -> None:
+        self.names = tuple(sorted(names(tree)))
+        used = {name: dtypes[name] for name in self.names}
+        self._run = program([tree], used, [result], types, shaped=False)
+
+    def __call__(self, values: Mapping[str, mx.array]) -> mx.array:
+        return self._run([values[name] for name in self.names])[0]
+
+
+class _AtOnce:
+    """A fold of rows by the operation that MLX has for it."""
+
+    def __init__(
+        self, step: Pass, operator: str, init: _Program, term: _Program, joint: _Program | None
+    ) -> None:
         along = ALONG_ROWS[operator]
         assert along is not None
+        self.step, self.along, self.init, self.term, self.joint = step, along, init, term, joint
+        self.programs = [init, term, *([joint] if joint else [])]
 
-        def folded(values: dict[str, mx.array]) -> mx.array:
-            first = values[self.kernel.element]
-            arguments = self._arguments(values)
-            begin = _per_row(init(arguments)[0], first)
-            if first.shape[-1] == 0:
-                return begin
-            (terms,) = run(arguments)
-            result = along(mx.broadcast_to(terms, first.shape)).astype(TYPES[kind])
-            if neutral:
-                return result
-            known = values | {step.accumulator: begin, step.result: result}
-            return joint(self._arguments(known))[0]
-
-        return folded
-
-    def _one_by_one(self, step: Pass, kind: str) -> Callable[[dict[str, mx.array]], mx.array]:
-        init = self._program(_tree(step.init.tree), kind)
-        update = self._program(_tree(step.update.tree), kind)
-
-        def folded(values: dict[str, mx.array]) -> mx.array:
-            first = values[self.kernel.element]
-            accumulator = _per_row(init(self._arguments(values))[0], first)[..., None]
-            for column in range(first.shape[-1]):
-                here = {
-                    name: value[..., column : column + 1]
-                    if value.shape and value.shape[-1] == first.shape[-1]
-                    else value
-                    for name, value in values.items()
-                }
-                here[step.accumulator] = accumulator
-                (accumulator,) = update(self._arguments(here))
-            return accumulator[..., 0]
-
-        return folded
+    def __call__(self, first: mx.array, values: Mapping[str, mx.array]) -> mx.array:
+        if first.shape[-1] == 0:
+            return _shaped(self.init(values), (*first.shape[:-1], 1))
+        terms = self.term(values)
+        result = self.along(_shaped(terms, first.shape))
+        if result.dtype != terms.dtype:
+            result = result.astype(terms.dtype)
+        if self.joint is None:
+            return result
+        begin = self.init(values)
+        return self.joint({**values, self.step.accumulator: begin, self.step.result: result})
 
 
-def _per_row(value: mx.array, first: mx.array) -> mx.array:
-    """Return an initial value for each row, from a number or a formula of earlier results."""
-    return mx.broadcast_to(value[..., 0] if value.shape else value, first.shape[:-1])
+class _OneByOne:
+    """Any other update of rows, from left to right, all rows together."""
+
+    def __init__(self, accumulator: str, init: _Program, update: _Program) -> None:
+        self.accumulator, self.init, self.update = accumulator, init, update
+        self.programs = [init, update]
+
+    def __call__(self, first: mx.array, values: Mapping[str, mx.array]) -> mx.array:
+        length = first.shape[-1]
+        result = _shaped(self.init(values), (*first.shape[:-1], 1))
+        for column in range(length):
+            here = {
+                name: value[..., column : column + 1]
+                if value.shape and value.shape[-1] == length
+                else value
+                for name, value in values.items()
+            }
+            result = self.update({**here, self.accumulator: result})
+        return result
+
+
+def _shaped(value: mx.array, shape: tuple[int, ...]) -> mx.array:
+    return value if value.shape == shape else mx.broadcast_to(value, shape)
 
 
 def _tree(tree: Tree | None) -> Tree:

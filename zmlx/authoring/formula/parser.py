@@ -270,7 +270,7 @@ class _Parser:
             return Number(word.text == "true", "bool", word.at)
         if word.text in _CONSTANTS:
             return Number(_CONSTANTS[word.text], "float", word.at)
-        if _mentions(self.header, word.text) or _mentions(self.elsewhere, word.text):
+        if _declares(self.header, word.text) or _mentions(self.elsewhere, word.text):
             self.opaque.append(f"{word.text!r} is defined outside of the formula")
             return Name(word.text, word.at)
         raise self.unknown_name(word)
@@ -397,6 +397,17 @@ def _whole_kind(value: int, suffix: str) -> str:
 
 def _mentions(text: str, name: str) -> bool:
     return bool(text) and re.search(rf"\b{re.escape(name)}\b", text) is not None
+
+
+def _declares(header: str, name: str) -> bool:
+    """Say whether a header has a macro or a constant of this name, outside of its functions."""
+    if re.search(rf"^\s*#\s*define\s+{re.escape(name)}\b", header, re.MULTILINE):
+        return True
+    outside, depth = [], 0
+    for character in re.sub(r"//[^\n]*|/\*.*?\*/", " ", header, flags=re.DOTALL):
+        depth += (character in "({") - (character in ")}")
+        outside.append(character if depth == 0 else " ")
+    return _mentions("".join(outside), name)
 
 
 def _defines(header: str, name: str) -> bool:
