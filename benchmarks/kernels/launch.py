@@ -1,6 +1,6 @@
 """What kernels cost around their computing.
 
-    python benchmarks/kernels.py launch
+    python benchmarks/kernels/launch.py
 
 times a call of a kernel written in Metal's language, on CUDA, against the same kernel written by
 hand for `mx.fast.cuda_kernel`: the time to build one node of the graph in Python, and the time to
@@ -26,7 +26,7 @@ from zmlx.backend.definition import Definition
 from zmlx.backend.launch import launcher
 from zmlx.bench.capsule import Capsule, Quantities, Run, collect, write
 
-CAPSULES = Path(__file__).parent / "capsules"
+CAPSULES = Path(__file__).parents[1] / "capsules"
 QUANTITIES: Quantities = {"build": ("us", False), "evaluate": ("us", False)}
 BARE, OURS, COMPILED = "bare cuda_kernel", "Metal source", "Metal source, mx.compile"
 
@@ -169,16 +169,11 @@ def show(capsule: Capsule) -> None:
     Console().print(table)
 
 
-@click.group()
-def main() -> None:
-    """Time kernels."""
-
-
-@main.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.option("--calls", type=click.IntRange(min=1), default=200, help="Calls in a chain.")
 @click.option("--runs", "repeats", type=click.IntRange(min=1), default=31, help="Runs of each.")
 @click.option("--capsule", type=click.Path(path_type=Path), default=CAPSULES / "launch-cuda.json")
-def launch(calls: int, repeats: int, capsule: Path) -> None:
+def main(calls: int, repeats: int, capsule: Path) -> None:
     """What a call costs beside a bare one of mx.fast.cuda_kernel."""
     if not mx.cuda.is_available():
         raise click.ClickException("no CUDA device")
