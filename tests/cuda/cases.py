@@ -572,7 +572,7 @@ def _simd_others() -> list[Case]:
             out[i] = uint((simd_vote::vote_t)simd_ballot(yes));
             out[52 + i] = simd_any(i == 40);
             out[104 + i] = simd_all(i != 40);
-            out[156 + i] = simd_sum(yes);
+            out[156 + i] = simd_sum(uint(yes));
             out[208 + i] = simd_is_first();
             out[260 + i] = uint((simd_vote::vote_t)simd_active_threads_mask());
             bool2 both = simd_broadcast_first(bool2(yes, !yes)); out[312 + i] = both.x;
@@ -590,7 +590,7 @@ def _simd_others() -> list[Case]:
         threadgroup=(n, 1, 1),
         expected=lambda: [_votes(n)],
         rows=(
-            "ballot", "any", "all", "sum of bool", "first", "mask", "vector", "sum of vectors",
+            "ballot", "any", "all", "sum of votes", "first", "mask", "vector", "sum of vectors",
             "in a branch", "prefix in a branch",
         ),
     )  # fmt: skip

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from cases import MAKERS, Case, argument_cases, array, memory_cases, vector_cases
-from nvrtc_program import assemble, compile_program, library
+from nvrtc_program import assemble, compile_program, is_missing
 
 from zmlx.backend.cuda import Variant, translated
 from zmlx.backend.definition import Definition
 
-#: NVIDIA has wheels for this kind of machine; in CI they must be there.
-EXPECTED = (sys.platform, platform.machine()) == ("linux", "x86_64") and "CI" in os.environ
 pytestmark = pytest.mark.skipif(
-    library() is None and not EXPECTED,
-    reason="no nvidia-cuda-nvrtc (in the extra dev, on Linux on x86_64)",
+    is_missing(), reason="no nvidia-cuda-nvrtc (in the extra dev, on Linux on x86_64)"
 )
 
 
