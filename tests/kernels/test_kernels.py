@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from kernels.checks import ALL, CHECKS, SABOTAGES, SPECS, altered, backends, forget, run
 
+from zmlx.backend import current
 from zmlx.catalog.configurations import configurations
 from zmlx.kernels.spec import KernelSpec, KernelUnavailable, all_specs, register
 
@@ -41,8 +42,9 @@ def test_a_sabotaged_kernel_fails_every_probe(name, sabotage):
 
 
 def test_every_kernel_runs_somewhere_here():
-    assert all(backends(spec) for spec in SPECS.values())
-    assert {name for _, name, _ in ALL} == set(SPECS)
+    able = {name for name, spec in SPECS.items() if spec.definition or current() == "cpu"}
+    assert {name for name, spec in SPECS.items() if backends(spec)} == able
+    assert {name for _, name, _ in ALL} == able
 
 
 @pytest.mark.parametrize("name", SPECS)

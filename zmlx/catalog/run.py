@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,10 +53,16 @@ def run(
     A kernel that cannot run gives runs with a fault.
     """
     runs = []
-    for configuration in configurations(spec):
-        runs.append(_run(spec, backend, configuration, repeats))
-        advance()
+    with _device_of(backend):
+        for configuration in configurations(spec):
+            runs.append(_run(spec, backend, configuration, repeats))
+            advance()
     return runs
+
+
+def _device_of(backend: str) -> AbstractContextManager[Any]:
+    """Let what is called inside run where the backend is, also on a machine with a GPU."""
+    return mx.stream(mx.cpu) if backend in ("cpu", "emulator") else nullcontext()
 
 
 def _run(spec: KernelSpec, backend: str, configuration: Mapping[str, Any], repeats: int) -> Run:

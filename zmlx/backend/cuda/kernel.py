@@ -16,7 +16,6 @@ MAX_THREADS = 1024
 
 _Kernel = Callable[..., list[mx.array]]
 _Size = tuple[int, int, int]
-_CUT = Variant(cut=True)
 
 
 def launch_of(definition: Definition) -> Launch:
@@ -45,25 +44,29 @@ def launch_of(definition: Definition) -> Launch:
     ) -> list[mx.array]:
         gx, gy, gz = grid
         tx, ty, tz = threadgroup
-        usual = gx > 0 < gy and gz > 0 < tx and ty > 0 < tx * ty * tz <= MAX_THREADS
-        if not usual or len(inputs) != count:
+        some = gx > 0 < gy and gz > 0
+        if not (some and tx > 0 < ty and 0 < tx * ty * tz <= MAX_THREADS and len(inputs) == count):
             variants.check(inputs, grid, threadgroup)
+        scalars: tuple[int, ...] = ()
         for index in watched:
             if not getattr(inputs[index], "ndim", 0):
-                usual = False
+                scalars = (*scalars, index)
+        constants: tuple[tuple[str, int], ...] = ()
         if template is not None:
-            for _, value in template:
+            for name, value in template:
                 if type(value) is int and value < 0:
-                    usual = False
-        if not usual:
-            kernel, inputs, grid, template = variants.of_call(inputs, grid, threadgroup, template)
-        elif (gx % tx and gx > tx) or (gy % ty and gy > ty) or (gz % tz and gz > tz):
+                    constants = (*constants, (name, value))
+        if (gx % tx and gx > tx) or (gy % ty and gy > ty) or (gz % tz and gz > tz) or not some:
             # Threads of the blocks lie outside of the grid. Of an axis that is shorter than the
             # threadgroup MLX makes one block that fits.
-            kernel = variants.get(_CUT)
-            inputs = [*inputs, _size((gx, gy, gz))]
+            inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
+            kernel = variants.get(Variant(True, scalars, constants))
+        elif scalars or constants:
+            kernel = variants.get(Variant(False, scalars, constants))
         else:
             kernel = common
+        if constants and template is not None:
+            template = [item for item in template if item not in constants]
         return kernel(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -107,18 +110,6 @@ class _Variants:
             )
             kernel = self._kernels[variant] = cast(_Kernel, made)
         return kernel
-
-    def of_call(
-        self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size, template: Template | None
-    ) -> tuple[_Kernel, Sequence[Any], _Size, Template | None]:
-        """Return the kernel that a call needs, and its inputs, grid and template."""
-        variant = variant_of(self._translation, inputs, grid, threadgroup, template)
-        if variant.constants and template is not None:
-            template = [item for item in template if item not in variant.constants]
-        if variant.cut:
-            gx, gy, gz = grid
-            inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
-        return self.get(variant), inputs, grid, template
 
     def check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
         """See whether a call can be launched; a grid may be empty.

@@ -62,6 +62,7 @@ struct cut_grid : grid_names<cut_grid> {
   uint3 size() const { return here; }
   uint3 thread() const {
     const uint i = position_in_block(), row = here.x;
+    if (blockDim.y * blockDim.z == 1) return {i, 0, 0};
     return {i % row, i / row % here.y, i / row / here.y};
   }
   uint3 grid() const { return all; }
