@@ -49,11 +49,14 @@ _KERNEL = (
     "-Wno-attributes",
     f"-Werror=frame-larger-than={_MOST_LOCAL}",
 )
+#: Code lies in the order of its text: lanes that part meet again at the first place that they have
+#: in common, which the emulator finds by addresses.
+_IN_ORDER = ("-fno-thread-jumps", "-fno-tree-ch", "-fno-reorder-blocks", "-fno-crossjumping")
 _GCC = (
     "-fsingle-precision-constant",
     "-fexcess-precision=16",
     "--param=tsan-instrument-func-entry-exit=0",
-    "-fno-thread-jumps",
+    *_IN_ORDER,
 )
 _CLANG = ("-mllvm", "-tsan-instrument-func-entry-exit=0")
 _ERROR = re.compile(r"^(?P<place>[^\n]*?\([a-z]+\):\d+):(?P<rest>\d+: (?:fatal )?error: .*)$", re.M)
