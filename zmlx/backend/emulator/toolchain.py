@@ -54,7 +54,6 @@ _KERNEL = (
 _IN_ORDER = ("-fno-thread-jumps", "-fno-tree-ch", "-fno-reorder-blocks", "-fno-crossjumping")
 _GCC = (
     "-fsingle-precision-constant",
-    "-fexcess-precision=16",
     "--param=tsan-instrument-func-entry-exit=0",
     *_IN_ORDER,
 )
@@ -113,7 +112,7 @@ def _toolchain(root: str, asked: str) -> Toolchain:
     flags = (
         *_KERNEL,
         *(_CLANG if is_clang else _GCC),
-        *(("-mf16c",) if _has_f16c() else ()),
+        *_half_flags(is_clang),
         f"-I{HERE / 'include'}",
         f"-I{_interface().parent}",
         f"-I{build.mlx_include()}",
@@ -185,6 +184,7 @@ def _compile_kernel(tools: Toolchain, text: str, target: Path) -> None:
     done = subprocess.run(
         command,
         input=text,
+        env={**os.environ, "LC_ALL": "C"},  # its messages are looked through
         capture_output=True,
         text=True,
         check=False,
@@ -220,10 +220,13 @@ def _interface() -> Path:
     return build.SOURCE / "emulator_interface.h"
 
 
-def _has_f16c() -> bool:
+def _half_flags(is_clang: bool) -> tuple[str, ...]:
+    """Return what makes half round after each operation, fast where the processor can."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return False
+        return ()
     try:
-        return " f16c " in f" {Path('/proc/cpuinfo').read_text().partition('flags')[2]} "
+        features = Path("/proc/cpuinfo").read_text().partition("flags")[2].split("\n")[0].split()
     except OSError:
-        return False
+        features = []
+    rounding = () if is_clang else ("-fexcess-precision=16",)
+    return (*rounding, *(("-mf16c",) if "f16c" in features else ()))
