@@ -5,7 +5,7 @@
 
 namespace zmlx {
 
-// Adds `Kernel`, `emulate` and `set_fault_exception`.
+// Adds `load_kernel`, `threadgroup_bytes`, `emulate` and `set_fault_exception`.
 void bind_emulator(nanobind::module_& m);
 
 } // namespace zmlx
