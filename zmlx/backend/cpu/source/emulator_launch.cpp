@@ -16,7 +16,7 @@ Stacks& stacks_here() {
   return stacks;
 }
 
-__attribute__((tls_model("initial-exec"))) thread_local Launch* launch_here = nullptr;
+thread_local Launch* launch_here = nullptr;
 
 bool same_site(const Site& a, const Site& b) {
   return a.line == b.line && a.column == b.column && std::strcmp(a.file, b.file) == 0;
