@@ -81,3 +81,27 @@ def test_a_compilation_that_fails_leaves_nothing():
         toolchain.compiled("no kernel")
     left = set(toolchain.toolchain().folder.rglob("*")) - before
     assert all(path.is_dir() for path in left)
+
+
+def test_clang_gives_way_to_gcc(monkeypatch):
+    versions = {"clang++": "Debian clang version 14.0.6", "/bin/g++": "g++ (Debian 12.2.0) 12.2.0"}
+    monkeypatch.setattr(toolchain.build, "find_compiler", lambda: "clang++")
+    monkeypatch.setattr(toolchain.build, "compiler_version", lambda compiler: versions[compiler])
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: f"/bin/{name}")
+    assert toolchain._find_gcc() == ("/bin/g++", versions["/bin/g++"])
+    monkeypatch.setattr(toolchain.shutil, "which", lambda _: None)
+    with pytest.raises(toolchain.build.NativeUnavailable, match=r"needs g\+\+ 12 or newer"):
+        toolchain._find_gcc()
+
+
+def test_half_where_the_compiler_has_no_type_for_it(tmp_path):
+    """It is a class there; the whole prelude compiles with it too."""
+    source = (
+        "#include <zmlx/prelude.h>\nhalf f(half a) { return a > 0 ? a * 2 + 1 : half(0.5f); }\n"
+    )
+    tools = toolchain.toolchain()
+    command = [*tools.compiler, *tools.flags, "-U__GNUC__", "-D__GNUC__=11", "-fsyntax-only"]
+    done = subprocess.run(
+        [*command, "-x", "c++", "-"], input=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[:2000]
