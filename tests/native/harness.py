@@ -20,6 +20,7 @@ WITH_MLX = (
     "operations.cpp",
     "arithmetic.cpp",
     "program.cpp",
+    "emulated.cpp",
     "fuse.cpp",
 )
 
@@ -31,7 +32,8 @@ Units = dict[Path, list[str]]
 def units(machine: str | None = None, *, mlx: bool) -> Units:
     """Return the library's units for a kind of machine, with or without those of MLX types."""
     own = build._units(machine) if machine else build._units()
-    del own["binding.cpp"]
+    for binding in ("binding.cpp", "emulator_binding.cpp"):
+        del own[binding]
     return {
         build.SOURCE / name: flags for name, flags in own.items() if mlx or name not in WITH_MLX
     }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+
+#: a line of a kernel's own text, as the assembled source names it
+_PLACE = re.compile(r"[^/\n]+ \((?:body|header|signature)\):\d+")
 
 
 class CompileError(ValueError):
@@ -100,6 +104,5 @@ def _line_of(library: str, offset: int) -> str:
     # the first place that is the author's is the one to name.
     command = [program, "-i", "-e", library, hex(offset - 1)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    places = [line.partition(" (discriminator")[0] for line in done.stdout.splitlines()]
-    own = [place for place in places if "(" in place]
-    return own[0].rpartition("/")[2] if own else ""
+    found = _PLACE.search(done.stdout)
+    return found[0] if found else ""

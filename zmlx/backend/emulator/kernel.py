@@ -120,10 +120,11 @@ def loaded(
         raise faults.CompileError(f"kernel '{name}': {error}") from None
     library = native.load()
     library.set_fault_exception(faults.made)
-    kernel = library.Kernel(str(file), name, list(parameters), ensure_row_contiguous)
-    if kernel.threadgroup_bytes > MOST_THREADGROUP_BYTES:
+    kernel = library.load_kernel(str(file), name, list(parameters), ensure_row_contiguous)
+    taken = library.threadgroup_bytes(kernel)
+    if taken > MOST_THREADGROUP_BYTES:
         raise faults.LimitError(
-            f"kernel '{name}' takes {kernel.threadgroup_bytes:,} bytes of threadgroup memory; "
+            f"kernel '{name}' takes {taken:,} bytes of threadgroup memory; "
             f"a device has {MOST_THREADGROUP_BYTES:,}"
         )
     return kernel

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ TIME_LIMIT = 300
 _MOST_LOCAL = 128 << 10
 
 _COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1")
+#: Code lies in the order of its text: lanes that part meet again at the first place that they have
+#: in common, which the emulator finds by addresses.
+_IN_ORDER = ("-fno-thread-jumps", "-fno-tree-ch", "-fno-reorder-blocks", "-fno-crossjumping")
 #: Rounding is IEEE's after each operation; literals are float as in Metal; each access to memory
 #: comes to the emulator (-fsanitize=thread), as do an index outside a constant bound and an address
 #: that is no multiple of its type's alignment.
@@ -48,14 +52,10 @@ _KERNEL = (
     "-fno-strict-aliasing",
     "-Wno-attributes",
     f"-Werror=frame-larger-than={_MOST_LOCAL}",
-)
-_GCC = (
     "-fsingle-precision-constant",
-    "-fexcess-precision=16",
     "--param=tsan-instrument-func-entry-exit=0",
-    "-fno-thread-jumps",
+    *_IN_ORDER,
 )
-_CLANG = ("-mllvm", "-tsan-instrument-func-entry-exit=0")
 _ERROR = re.compile(r"^(?P<place>[^\n]*?\([a-z]+\):\d+):(?P<rest>\d+: (?:fatal )?error: .*)$", re.M)
 
 
@@ -67,21 +67,16 @@ class Toolchain:
         compiler: its command, in words.
         flags: for kernels.
         folder: holds the precompiled prelude, the object of the hooks, and kernels.
-        is_clang: whether it is clang, not GCC.
     """
 
     compiler: tuple[str, ...]
     flags: tuple[str, ...]
     folder: Path
-    is_clang: bool
 
     @property
-    def prelude(self) -> tuple[str, ...]:
-        """The arguments with which a compilation begins with the prelude."""
-        header = self.folder / "prelude.h"
-        if self.is_clang:
-            return ("-include-pch", f"{header}.pch")
-        return ("-include", str(header))
+    def prelude(self) -> Path:
+        """The header that every kernel begins with; what was compiled of it lies beside it."""
+        return self.folder / "prelude.h"
 
 
 def compiled(text: str) -> Path:
@@ -103,14 +98,11 @@ def compiled(text: str) -> Path:
 
 @cache
 def _toolchain(root: str, asked: str) -> Toolchain:
-    compiler = build.find_compiler()
-    version = build.compiler_version(compiler)
-    is_clang = "clang" in version
+    compiler, version = _find_gcc()
     sources = (*sorted(HERE.glob("include/**/*")), HERE / "hooks.cpp", _interface())
     flags = (
         *_KERNEL,
-        *(_CLANG if is_clang else _GCC),
-        *(("-mf16c",) if _has_f16c() else ()),
+        *_half_flags(),
         f"-I{HERE / 'include'}",
         f"-I{_interface().parent}",
         f"-I{build.mlx_include()}",
@@ -122,7 +114,7 @@ def _toolchain(root: str, asked: str) -> Toolchain:
         if file.is_file():
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     folder = Path(root) / digest.hexdigest()[:16]
-    tools = Toolchain(tuple(shlex.split(compiler)), flags, folder, is_clang)
+    tools = Toolchain(tuple(shlex.split(compiler)), flags, folder)
     _prepare(tools)
     return tools
 
@@ -137,6 +129,26 @@ def toolchain() -> Toolchain:
     return _toolchain(str(root), variables.text("ZMLX_CXX"))
 
 
+def _find_gcc() -> tuple[str, str]:
+    """Return the command and version of g++; clang++ has no literals that are float.
+
+    Raises:
+        zmlx.backend.cpu.build.NativeUnavailable: there is none.
+    """
+    compiler = build.find_compiler()
+    version = build.compiler_version(compiler)
+    if "clang" in version:
+        other = shutil.which("g++")
+        compiler = shlex.quote(other) if other else ""
+        version = build.compiler_version(compiler) if other else "clang"
+    if "clang" in version:
+        raise build.NativeUnavailable(
+            "the emulator of Metal kernels needs g++ 12 or newer, and here is only clang++; "
+            "install it, or name it in ZMLX_CXX"
+        )
+    return compiler, version
+
+
 def _prepare(tools: Toolchain) -> None:
     """Compile the prelude and the hooks, one process at a time."""
     if (tools.folder / "ready").exists():
@@ -146,11 +158,9 @@ def _prepare(tools: Toolchain) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (tools.folder / "ready").exists():
             return
-        header = tools.folder / "prelude.h"
-        header.write_text("#include <zmlx/prelude.h>\n")
-        precompiled = f"{header}{'.pch' if tools.is_clang else '.gch'}"
-        command = [*tools.compiler, *tools.flags, "-x", "c++-header", str(header)]
-        _run([*command, "-o", precompiled])
+        tools.prelude.write_text("#include <zmlx/prelude.h>\n")
+        command = [*tools.compiler, *tools.flags, "-x", "c++-header", str(tools.prelude)]
+        _run([*command, "-o", f"{tools.prelude}.gch"])
         command = [*tools.compiler, *_COMMON, "-O2", f"-I{_interface().parent}"]
         _run([*command, "-c", str(HERE / "hooks.cpp"), "-o", str(tools.folder / "hooks.o")])
         (tools.folder / "ready").touch()
@@ -172,16 +182,15 @@ def _compile_kernel(tools: Toolchain, text: str, target: Path) -> None:
         *tools.compiler,
         *tools.flags,
         "-pipe",
-        *tools.prelude,
+        *("-include", str(tools.prelude)),
         *("-x", "c++", "-"),
         *("-x", "none", str(tools.folder / "hooks.o")),
         *("-shared", "-nostdlib", "-o", str(target), "-lm", "-lgcc"),
     ]
-    if tools.is_clang:
-        command = [part for part in command if part != "-lgcc"]
     done = subprocess.run(
         command,
         input=text,
+        env={**os.environ, "LC_ALL": "C"},  # its messages are looked through
         capture_output=True,
         text=True,
         check=False,
@@ -217,10 +226,12 @@ def _interface() -> Path:
     return build.SOURCE / "emulator_interface.h"
 
 
-def _has_f16c() -> bool:
+def _half_flags() -> tuple[str, ...]:
+    """Return what makes half round after each operation, fast where the processor can."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return False
+        return ()
     try:
-        return " f16c " in f" {Path('/proc/cpuinfo').read_text().partition('flags')[2]} "
+        features = Path("/proc/cpuinfo").read_text().partition("flags")[2].split("\n")[0].split()
     except OSError:
-        return False
+        features = []
+    return ("-fexcess-precision=16", *(("-mf16c",) if "f16c" in features else ()))

@@ -7,7 +7,7 @@
 
 #include <stdexcept>
 
-#include "emulated.h"
+#include "emulator_binding.h"
 #include "fuse.h"
 #include "lookup.h"
 #include "pool.h"

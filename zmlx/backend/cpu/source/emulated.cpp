@@ -1,53 +1,16 @@
 #include "emulated.h"
 
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
-
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
-#include <tuple>
 
-#include "emulator_launch.h"
 #include "fused.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace zmlx {
 namespace {
 
 using emulator::Buffer;
 using emulator::Triple;
-
-// What a parameter of a kernel is given.
-enum class Part : int { data, shape, strides, ndim, output, absent };
-
-struct Parameter {
-  Part part;
-  int index; // of the input or output
-  std::string name;
-};
-
-// A compiled kernel and how it takes its arguments.
-struct Kernel {
-  emulator::Library library;
-  std::string name;
-  std::vector<Parameter> parameters;
-  bool ensure_row_contiguous;
-
-  Kernel(
-      const std::string& file, std::string name,
-      const std::vector<std::tuple<int, int, std::string>>& parts, bool ensure_row_contiguous)
-      : library(file), name(std::move(name)), ensure_row_contiguous(ensure_row_contiguous) {
-    for (const auto& [part, index, parameter] : parts) {
-      parameters.push_back({Part(part), index, parameter});
-    }
-  }
-};
 
 // The bytes from the first to the last element of an array, and where the first one in memory lies.
 struct Extent {
@@ -237,74 +200,21 @@ class Emulated : public mx::Primitive {
   bool may_leave_unwritten_;
 };
 
-// Makes a Python exception of a fault: (kind, text, kernel, thread, library, offset, place).
-nb::object& fault_exception() {
-  static nb::object* function = new nb::object(); // lives as long as the interpreter
-  return *function;
-}
-
-void raise(const std::exception_ptr& caught, void*) {
-  try {
-    std::rethrow_exception(caught);
-  } catch (const emulator::Fault& fault) {
-    const nb::object made = fault_exception()(
-        int(fault.kind), fault.text, fault.kernel, fault.thread, fault.library, fault.offset,
-        fault.place);
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())), made.ptr());
-  }
-}
+} // namespace
 
 std::vector<mx::array> emulate(
     std::shared_ptr<Kernel> kernel, std::vector<mx::array> inputs,
-    const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& dtypes, Triple grid,
+    const std::vector<mx::Shape>& shapes, const std::vector<mx::Dtype>& dtypes, Triple grid,
     Triple threadgroup, std::optional<float> init_value, bool may_leave_unwritten,
     std::optional<mx::Stream> stream) {
-  std::vector<mx::Shape> all;
-  for (const auto& shape : shapes) {
-    all.emplace_back(shape.begin(), shape.end());
-  }
   const mx::Stream where = stream && stream->device == mx::Device::cpu
       ? *stream
       : mx::default_stream(mx::Device::cpu);
   return mx::array::make_arrays(
-      std::move(all), dtypes,
+      shapes, dtypes,
       std::make_shared<Emulated>(
           where, std::move(kernel), grid, threadgroup, init_value, may_leave_unwritten),
       std::move(inputs));
-}
-
-} // namespace
-
-void bind_emulator(nb::module_& m) {
-  nb::class_<Kernel>(m, "Kernel")
-      .def(
-          nb::init<
-              const std::string&, std::string,
-              const std::vector<std::tuple<int, int, std::string>>&, bool>(),
-          "file"_a, "name"_a, "parameters"_a, "ensure_row_contiguous"_a)
-      .def_prop_ro(
-          "threadgroup_bytes",
-          [](const Kernel& kernel) { return kernel.library.shared().device_bytes(); });
-  m.def(
-      "emulate",
-      [](std::shared_ptr<Kernel> kernel, std::vector<mx::array> inputs,
-         const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& dtypes,
-         std::tuple<uint32_t, uint32_t, uint32_t> grid,
-         std::tuple<uint32_t, uint32_t, uint32_t> threadgroup, std::optional<float> init_value,
-         bool may_leave_unwritten, std::optional<mx::Stream> stream) {
-        const auto triple = [](const auto& tuple) {
-          return Triple{std::get<0>(tuple), std::get<1>(tuple), std::get<2>(tuple)};
-        };
-        return emulate(
-            std::move(kernel), std::move(inputs), shapes, dtypes, triple(grid),
-            triple(threadgroup), init_value, may_leave_unwritten, stream);
-      },
-      "kernel"_a, "inputs"_a, "shapes"_a, "dtypes"_a, nb::kw_only(), "grid"_a, "threadgroup"_a,
-      "init_value"_a = nb::none(), "may_leave_unwritten"_a = false, "stream"_a = nb::none());
-  m.def("set_fault_exception", [](nb::object function) {
-    fault_exception() = std::move(function);
-  });
-  nb::register_exception_translator(raise);
 }
 
 } // namespace zmlx

@@ -300,14 +300,17 @@ void update(const void* address, size_t bytes, uint32_t kind) {
       reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
 }
 
+// The frames are read before anything is called: a last call may take the place of ours.
 void barrier(uint32_t flags, uint32_t simdgroup, const Site* site) {
-  current_launch()->barrier(
-      flags, simdgroup != 0, *site, static_cast<void**>(__builtin_frame_address(0)));
+  Launch* launch = current_launch();
+  launch->trace(static_cast<void**>(__builtin_frame_address(0)));
+  launch->barrier(flags, simdgroup != 0, *site);
 }
 
 const Exchange* exchange(const void* value, size_t bytes, const Site* site) {
-  return current_launch()->exchange(
-      value, bytes, *site, static_cast<void**>(__builtin_frame_address(0)));
+  Launch* launch = current_launch();
+  launch->trace(static_cast<void**>(__builtin_frame_address(0)));
+  return launch->exchange(value, bytes, *site);
 }
 
 void* shared(SharedVariable* variable) {

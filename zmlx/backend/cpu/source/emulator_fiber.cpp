@@ -40,7 +40,7 @@ void Stacks::reset() {
 } // namespace zmlx::emulator
 
 // Only what a called function has to leave as it was is kept: the switch is a call to the compiler.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ZMLX_UCONTEXT)
 
 asm(R"(
 .text
@@ -91,7 +91,7 @@ zmlx::emulator::Context zmlx::emulator::start_context(
   return words;
 }
 
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(ZMLX_UCONTEXT)
 
 asm(R"(
 .text

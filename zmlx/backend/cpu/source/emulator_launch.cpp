@@ -16,7 +16,7 @@ Stacks& stacks_here() {
   return stacks;
 }
 
-__attribute__((tls_model("initial-exec"))) thread_local Launch* launch_here = nullptr;
+thread_local Launch* launch_here = nullptr;
 
 bool same_site(const Site& a, const Site& b) {
   return a.line == b.line && a.column == b.column && std::strcmp(a.file, b.file) == 0;
@@ -317,14 +317,11 @@ void Launch::back_to_scheduler() {
   zmlx_switch_context(&threads_[current_].context, scheduler_);
 }
 
-void Launch::wait(Thread::State state, const Site& site, void** frame) {
+void Launch::trace(void** frame) {
   Thread& thread = threads_[current_];
-  thread.state = state;
-  thread.site = site;
-  // The return addresses in the kernel, by its frame pointers; the innermost is in frame[1].
   thread.callers.fill(0);
-  int depth = 0;
-  while (depth < int(thread.callers.size()) && on_own_stack(reinterpret_cast<uintptr_t>(frame))) {
+  size_t depth = 0;
+  while (depth < thread.callers.size() && on_own_stack(reinterpret_cast<uintptr_t>(frame))) {
     const auto address = reinterpret_cast<uintptr_t>(frame[1]);
     if (!library_.holds(address)) {
       break;
@@ -332,20 +329,24 @@ void Launch::wait(Thread::State state, const Site& site, void** frame) {
     thread.callers[depth++] = address;
     frame = static_cast<void**>(frame[0]);
   }
-  std::reverse(thread.callers.begin(), thread.callers.begin() + depth);
+  std::reverse(thread.callers.begin(), thread.callers.begin() + int64_t(depth));
+}
+
+void Launch::wait(Thread::State state, const Site& site) {
+  threads_[current_].state = state;
+  threads_[current_].site = site;
   back_to_scheduler();
 }
 
-void Launch::barrier(uint32_t flags, bool simdgroup, const Site& site, void** frame) {
+void Launch::barrier(uint32_t flags, bool simdgroup, const Site& site) {
   threads_[current_].flags = flags;
-  wait(simdgroup ? Thread::at_simd_barrier : Thread::at_barrier, site, frame);
+  wait(simdgroup ? Thread::at_simd_barrier : Thread::at_barrier, site);
 }
 
-const Exchange* Launch::exchange(
-    const void* value, size_t bytes, const Site& site, void** frame) {
+const Exchange* Launch::exchange(const void* value, size_t bytes, const Site& site) {
   Simdgroup& group = simdgroups_[current_ / kLanes];
   std::memcpy(group.arriving + current_ % kLanes * kSlotBytes, value, bytes);
-  wait(Thread::at_exchange, site, frame);
+  wait(Thread::at_exchange, site);
   return &threads_[current_].exchange;
 }
 

@@ -53,7 +53,6 @@ struct Thread {
   Context context = nullptr;
   Site site{};
   uint32_t flags = 0;
-  int depth = 0;
   std::array<uintptr_t, 6> callers{}; // of the place where it waits, the outermost first
   Exchange exchange{};
 };
@@ -77,8 +76,10 @@ class Launch {
   // What hooks call, on a thread's stack. `pc` is where in the kernel.
   void access(uintptr_t address, size_t bytes, Access access, uintptr_t pc);
   void misaligned(const Site& site, uintptr_t address, size_t alignment, const char* type);
-  void barrier(uint32_t flags, bool simdgroup, const Site& site, void** frame);
-  const Exchange* exchange(const void* value, size_t bytes, const Site& site, void** frame);
+  void barrier(uint32_t flags, bool simdgroup, const Site& site);
+  const Exchange* exchange(const void* value, size_t bytes, const Site& site);
+  // Notes where in the kernel the current thread is: return addresses, by its frame pointers.
+  void trace(void** frame);
   void* shared(const SharedVariable& variable);
   [[noreturn]] void fail(Kind kind, std::string text, uintptr_t pc);
   [[noreturn]] void fail_at(Kind kind, std::string text, const Site& site);
@@ -95,7 +96,7 @@ class Launch {
   [[noreturn]] void diverge(const Site& site, std::string text) const;
   void run_thread(uint32_t index);
   void start(uint32_t index);
-  void wait(Thread::State state, const Site& site, void** frame);
+  void wait(Thread::State state, const Site& site);
   void back_to_scheduler();
   [[noreturn]] void fail(Fault fault);
   Fault fault_of(Kind kind, std::string text) const;

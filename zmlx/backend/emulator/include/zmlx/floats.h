@@ -5,7 +5,7 @@
 
 #include <zmlx/types.h>
 
-#if defined(__clang__) || __GNUC__ >= 13 || (__GNUC__ == 12 && defined(__x86_64__))
+#if __GNUC__ >= 13 || (__GNUC__ == 12 && defined(__x86_64__))
 #define ZMLX_NATIVE_HALF 1
 #endif
 

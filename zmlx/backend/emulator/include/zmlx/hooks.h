@@ -3,6 +3,8 @@
 
 #include <emulator_interface.h>
 
+#include <source_location>
+
 extern "C" {
 void zmlx_barrier(uint32_t flags, uint32_t simdgroup, const zmlx::emulator::Site* site);
 const zmlx::emulator::Exchange* zmlx_exchange(
@@ -16,12 +18,7 @@ void zmlx_register_shared(zmlx::emulator::SharedVariable* variable);
 #define ZMLX_SITE                                        \
   const char *file = __builtin_FILE(), uint32_t line = __builtin_LINE(), \
              uint32_t column = ZMLX_COLUMN
-#if defined(__clang__)
-#define ZMLX_COLUMN __builtin_COLUMN()
-#else
-#include <source_location>
 #define ZMLX_COLUMN std::source_location::current().column()
-#endif
 
 namespace zmlx {
 

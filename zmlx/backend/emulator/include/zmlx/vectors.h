@@ -7,6 +7,8 @@ namespace metal {
 
 template <class T, int N>
 struct vec;
+// What has it as a base finds the operators of this namespace.
+struct Operand {};
 
 } // namespace metal
 
@@ -25,9 +27,14 @@ struct Components<metal::vec<T, N>> {
 
 // Components of a vector in some order, as they lie in it.
 template <class T, int N, int... I>
-struct Swizzle {
+struct Swizzle : metal::Operand {
   static constexpr int count = sizeof...(I);
   T values[N];
+
+  constexpr T operator[](int i) const {
+    constexpr int order[] = {I...};
+    return values[order[i]];
+  }
 
   constexpr operator metal::vec<T, count>() const {
     return metal::vec<T, count>(values[I]...);
@@ -333,6 +340,8 @@ constexpr auto each(const A& a, const B& b, F f) {
 
 } // namespace zmlx
 
+namespace metal {
+
 // Between vectors of one type; a number takes the type of the other operand's components.
 #define ZMLX_VECTOR_OPERATOR(op, Result)                                                \
   template <zmlx::Vector A, zmlx::Vector B>                                             \
@@ -391,3 +400,5 @@ template <zmlx::Vector A>
 constexpr auto operator!(const A& a) {
   return zmlx::each(a, [](auto x) { return !x; });
 }
+
+} // namespace metal
