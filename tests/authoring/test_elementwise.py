@@ -314,7 +314,7 @@ def test_the_module_is_callable_and_equal_calls_share_an_operation():
 
 def test_sources_are_explicit_about_conversions():
     source = softplus.source(mx.bfloat16)
-    assert "const float x = static_cast<float>(x_in[elem]);" in source
+    assert "x_held[turn] = static_cast<float>(x_in[elem]);" in source
     assert "static_cast<O0>(metal::precise::log(1.0f + metal::precise::exp(x)))" in source
     assert "g * zmlx_sigmoid(x)" in softplus.gradient_source()
     with pytest.raises(TypeError, match="takes 1 dtypes; got 2"):
@@ -429,3 +429,21 @@ def test_sources_are_checked_when_they_are_given():
         make_with(forward=FORWARD.replace("O(u + v);", "O(u + v;"))
     with pytest.raises(ValueError, match="input_names is empty"):
         make_with(inputs=())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [1 << 12, (1 << 12) + 6, (1 << 12) + 1])
+def test_arrays_that_are_large_have_several_elements_a_thread(size, dtype, device, monkeypatch):
+    monkeypatch.setattr("zmlx.authoring.pointwise._LARGE", 1 << 12)
+    x, a, b = (mx.random.normal((size,)).astype(dtype) for _ in range(3))
+    wide = [array.astype(mx.float32) for array in (x, a, b)]
+    assert close(weighted(x, a, b), wide[1] * wide[0] + wide[2] * mx.tanh(wide[0]), dtype)
+
+
+@pytest.mark.parametrize("shape", [(1000,), (7, 144), (1009,)])
+def test_arrays_too_large_for_a_grid_of_one_row(shape, device, monkeypatch):
+    monkeypatch.setattr("zmlx.authoring.pointwise._WIDTH", 256)
+    x = mx.random.normal(shape)
+    strided = elementwise.unary(name="strided", expr="x + 1", ensure_row_contiguous=False)
+    assert mx.array_equal(strided(x.T), x.T + 1)
+    assert close(cube(x), x * x * x)

@@ -17,6 +17,9 @@ from zmlx.authoring.formula.errors import NotDifferentiable
 from zmlx.authoring.formula.formula import Formula, derived
 from zmlx.authoring.formula.tree import Name, Tree
 from zmlx.authoring.pointwise import Pointwise
+from zmlx.backend import for_kernels
+from zmlx.backend.replay import Replay
+from zmlx.backend.vmapping import inside_vmap
 
 
 class Elementwise:
@@ -65,6 +68,7 @@ class Elementwise:
         function.jvp(self._jvp)
         function.vmap(self._vmap)
         self._function = function
+        self._replay = Replay(function)
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the operation, lazily.
@@ -80,7 +84,10 @@ class Elementwise:
             ValueError: the shapes differ.
         """
         self._check(arrays)
-        return self._function(*arrays)
+        backend = for_kernels(has_reference=not self.kernel.opaque)
+        if backend == "reference" or inside_vmap():
+            return self._function(*arrays)
+        return self._replay(backend, arrays)
 
     def __repr__(self) -> str:
         formulas = "; ".join(formula.text for formula in self.kernel.formulas)
@@ -94,7 +101,7 @@ class Elementwise:
         """
         if dtypes and len(dtypes) != self._arity:
             raise TypeError(f"{self.name}.source takes {self._arity} dtypes; got {len(dtypes)}")
-        return self.kernel.plan(dtypes or (mx.float32,) * self._arity).definition.source
+        return self.kernel.plan(dtypes or (mx.float32,) * self._arity).whole.source
 
     def gradient_source(self) -> str:
         """Return the body of the backward kernel for arguments of float32.

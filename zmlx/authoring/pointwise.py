@@ -15,7 +15,7 @@ from zmlx.authoring.formula.inference import Types
 from zmlx.authoring.formula.kinds import FLOATS, TYPES, inside
 from zmlx.authoring.formula.metal import prelude, printed
 from zmlx.backend import for_kernels
-from zmlx.backend.definition import Definition, Launch
+from zmlx.backend.definition import Definition
 from zmlx.backend.launch import launcher
 from zmlx.backend.names import check_name
 from zmlx.backend.vmapping import inside_vmap
@@ -26,8 +26,9 @@ _THREADGROUP = 256
 #: Arrays with at least this many elements are walked with several elements a thread, which hides
 #: the memory's latency; on smaller ones more threads do.
 _LARGE = 1 << 18
-_TURNS = 4
-#: Grids count threads along x with 32 bits.
+#: Bytes of an array that a thread of a large one takes.
+_TURN_BYTES = 16
+#: Larger arrays have a grid of several rows, and indices of 64 bits.
 _WIDTH = 1 << 30
 
 
@@ -36,15 +37,17 @@ class Plan:
     """What a kernel does with arrays of certain dtypes.
 
     Attributes:
-        definition: the source for these types.
+        whole: the source for these types, for grids of one thread for so many elements.
+        guarded: the same for grids of more threads than there are elements.
         results: dtype of each output.
-        template: values of the source's template but the number of turns.
+        template: values of the source's template but TURNS.
         program: the formulas in MLX operations; None when one of them is opaque.
     """
 
-    definition: Definition
+    whole: Definition
+    guarded: Definition
     results: tuple[mx.Dtype, ...]
-    template: tuple[tuple[str, mx.Dtype], ...]
+    template: tuple[tuple[str, mx.Dtype | int], ...]
     program: Program | None
 
 
@@ -119,7 +122,8 @@ class Pointwise:
             *((f"O{i}", dtype) for i, dtype in enumerate(results)),
         )
         run = self._program(dict(zip(self.variables, dtypes, strict=True)), results, known)
-        return Plan(self._definition(known), results, template, run)
+        whole, guarded = (self._definition(known, whole) for whole in (True, False))
+        return Plan(whole, guarded, results, template, run)
 
     def _result(self, formula: Formula, types: Types, dtypes: tuple[mx.Dtype, ...]) -> mx.Dtype:
         """Return the dtype of a value: that of the inputs together, if it can hold the value."""
@@ -142,7 +146,7 @@ class Pointwise:
         types = Types(self.formulas[0].text, known, known[self.variables[0]])
         return program(trees, dtypes, results, types)
 
-    def _definition(self, known: dict[str, str]) -> Definition:
+    def _definition(self, known: dict[str, str], whole: bool) -> Definition:
         trees = [f.tree for f in self.formulas if f.tree is not None]
         before = prelude(trees)
         header = "\n".join(part for part in (self.header.strip("\n"), before.strip("\n")) if part)
@@ -150,41 +154,61 @@ class Pointwise:
             name=self.name,
             input_names=tuple(f"{name}_in" for name in self.variables),
             output_names=tuple(f"out{i}" for i in range(len(self.formulas))),
-            source=self._source(known),
+            source=self._source(known, whole),
             header=header + "\n" if header else "",
             ensure_row_contiguous=self.contiguous,
         )
 
-    def _source(self, known: dict[str, str]) -> str:
-        first = f"{self.variables[0]}_in"
+    def _source(self, known: dict[str, str], whole: bool) -> str:
+        """Return the body.
+
+        Args:
+            known: the type of each variable.
+            whole: each thread computes TURNS elements, all of which exist; else one at most.
+        """
         used = [name for name in known if any(f.mentions(name) for f in self.formulas)]
-        body = "".join(self._load(name, known[name]) for name in used)
-        body += "".join(self._computed(known))
+        computed = "".join(self._computed(known))
+        if not whole:
+            return self._guarded(
+                indent("".join(self._load(n, known[n]) for n in used), "  "), computed
+            )
+        # All is loaded before anything is stored, for a store may be to what is loaded next as far
+        # as compilers know, and loads should be under way together.
+        held = "".join(f"{known[name]} {name}_held[TURNS];\n" for name in used)
+        loads = "".join(self._load(name, known[name], f"{name}_held[turn]") for name in used)
+        values = "".join(f"const {known[name]} {name} = {name}_held[turn];\n" for name in used)
+        loop = "for (int turn = 0; turn < TURNS; ++turn) {\n"
+        at = "  const uint elem = thread_position_in_grid.x + turn * threads;\n"
+        return (
+            "const uint threads = threads_per_grid.x;\n"
+            + (f"{held}{loop}{at}{indent(loads, '  ')}}}\n" if used else "")
+            + f"{loop}{at}{indent(values + computed, '  ')}}}\n"
+        )
+
+    def _guarded(self, loads: str, computed: str) -> str:
+        first = f"{self.variables[0]}_in"
         return (
             "uint64_t count = 1;\n"
             f"for (int axis = 0; axis < {first}_ndim; ++axis) {{\n"
             f"  count *= {first}_shape[axis];\n"
             "}\n"
-            "const uint64_t threads = uint64_t(threads_per_grid.x) * threads_per_grid.y;\n"
-            "uint64_t elem = uint64_t(thread_position_in_grid.y) * threads_per_grid.x\n"
+            "const uint64_t elem = uint64_t(thread_position_in_grid.y) * threads_per_grid.x\n"
             "    + thread_position_in_grid.x;\n"
-            "for (int turn = 0; turn < TURNS && elem < count; ++turn) {\n"
-            + indent(body, "  ")
-            + "  elem += threads;\n"
-            "}\n"
+            "if (elem < count) {\n" + loads + indent(computed, "  ") + "}\n"
         )
 
-    def _load(self, name: str, kind: str) -> str:
-        array = f"{name}_in"
+    def _load(self, name: str, kind: str, into: str = "") -> str:
+        """Return the statements that load an element; `into` a place, or a constant of the name."""
+        array, into = f"{name}_in", into or f"const {kind} {name}"
         if self.contiguous:
-            return f"const {kind} {name} = static_cast<{kind}>({array}[elem]);\n"
+            return f"{into} = static_cast<{kind}>({array}[elem]);\n"
         return (
             f"int64_t {name}_at = 0;\n"
             f"for (uint64_t axis = {array}_ndim, rest = elem; axis-- > 0;) {{\n"
             f"  {name}_at += int64_t(rest % {array}_shape[axis]) * {array}_strides[axis];\n"
             f"  rest /= {array}_shape[axis];\n"
             "}\n"
-            f"const {kind} {name} = static_cast<{kind}>({array}[{name}_at]);\n"
+            f"{into} = static_cast<{kind}>({array}[{name}_at]);\n"
         )
 
     def _computed(self, known: dict[str, str]) -> list[str]:
@@ -222,25 +246,39 @@ class Pointwise:
             )
         # MLX asks for the tangents of operations that a custom function replaces, too.
         held = [mx.stop_gradient(array) for array in arrays]
-        return self.launched(plan, launcher(plan.definition, backend), held)
+        return self.launched(plan, backend, held)
 
-    def launched(self, plan: Plan, launch: Launch, arrays: Sequence[mx.array]) -> list[mx.array]:
+    def launched(self, plan: Plan, backend: str, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Compute the outputs with the kernel; nothing is launched for empty arrays."""
         shape, size = arrays[0].shape, arrays[0].size
         if size == 0:
             return [mx.zeros(shape, dtype) for dtype in plan.results]
         if not shape:
             # Metal passes 0-d arrays by reference, which cannot be indexed.
-            flat = self.launched(plan, launch, [array.reshape(1) for array in arrays])
+            flat = self.launched(plan, backend, [array.reshape(1) for array in arrays])
             return [array.reshape(()) for array in flat]
-        turns = _TURNS if size >= _LARGE else 1
-        threads = -(-size // turns)
-        grid = (threads, 1, 1) if threads <= _WIDTH else (_WIDTH, -(-threads // _WIDTH), 1)
-        return launch(
+        if size <= _WIDTH:
+            turns = _turns(size, (*[array.dtype for array in arrays], *plan.results))
+            definition, grid = plan.whole, (size // turns, 1, 1)
+            template = (*plan.template, ("TURNS", turns))
+        else:
+            definition, grid = plan.guarded, (_WIDTH, -(-size // _WIDTH), 1)
+            template = plan.template
+        return launcher(definition, backend)(
             inputs=arrays,
             output_shapes=[shape] * len(plan.results),
             output_dtypes=plan.results,
             grid=grid,
             threadgroup=(_THREADGROUP, 1, 1),
-            template=(*plan.template, ("TURNS", turns)),
+            template=template,
         )
+
+
+def _turns(size: int, dtypes: Sequence[mx.Dtype]) -> int:
+    """Return how many elements each thread computes; the size is a multiple of it."""
+    if size < _LARGE:
+        return 1
+    turns = max(1, _TURN_BYTES // max(dtype.size for dtype in dtypes))
+    while size % turns:
+        turns //= 2
+    return turns

@@ -17,6 +17,7 @@ from zmlx.authoring.formula.tree import Name, Number, Tree, names
 from zmlx.authoring.rows import Form, Pass, RowKernel
 from zmlx.backend import for_kernels
 from zmlx.backend.launch import launcher
+from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
 #: threads of a threadgroup where nothing is tuned
@@ -74,6 +75,8 @@ class RowOperation:
         function.jvp(self._jvp)
         function.vmap(self._vmap)
         self._function = function
+        # What is tuned has to be launched with values before it is recorded.
+        self._replay = Replay(function, _concrete if threadgroup == "auto" else None)
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the operation, lazily.
@@ -98,7 +101,10 @@ class RowOperation:
         for array in arrays:
             if not isinstance(array, mx.array):
                 raise TypeError(f"{self.name} takes mx.arrays; got a {type(array).__name__}")
-        return self._function(*arrays)
+        backend = for_kernels(has_reference=not self._opaque)
+        if backend == "reference" or inside_vmap():
+            return self._function(*arrays)
+        return self._replay(backend, arrays)
 
     def _known(self, arrays: Sequence[mx.array]) -> _Known:
         """Return what arrays mean to the kernel; looked up for shapes and dtypes seen before."""
@@ -427,3 +433,9 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 def _alone(outputs: list[mx.array]) -> Any:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _concrete(arrays: Sequence[mx.array]) -> bool:
+    from zmlx.tuning.tracing import traced  # noqa: PLC0415 - only what is tuned needs it
+
+    return not traced(arrays)

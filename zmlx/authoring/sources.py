@@ -10,6 +10,7 @@ import mlx.core as mx
 from zmlx.backend import for_kernels
 from zmlx.backend.definition import Definition
 from zmlx.backend.launch import launcher
+from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
 _THREADGROUP = 256
@@ -24,7 +25,7 @@ class SourceOperation:
         self.backward = backward
         function = mx.custom_function(self._forward)
         function.vjp(self._vjp)
-        self._function = function
+        self._replay = Replay(function)
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the outputs, lazily; shapes and dtypes are those of the first array.
@@ -46,7 +47,7 @@ class SourceOperation:
                 f"{self.name} cannot be used inside mx.vmap: its source does not say how it is "
                 "batched; call it with the whole batch instead"
             )
-        return self._function(*arrays)
+        return self._replay(for_kernels(has_reference=False), arrays)
 
     def _forward(self, *arrays: mx.array) -> Any:
         held = [mx.stop_gradient(array) for array in arrays]

@@ -18,6 +18,7 @@ from zmlx.backend import for_kernels
 from zmlx.backend.arguments import check_geometry
 from zmlx.backend.cpu import native
 from zmlx.backend.definition import Launch
+from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Bound:
         self._scalars = [self.options[name] for name in names if name in named]
         self._geometries: dict[Any, Geometry] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
+        self._replays: dict[str, Replay] = {}
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Run the kernel where kernels run now, ready to be differentiated and batched.
@@ -101,7 +103,12 @@ class Bound:
         function = self._functions.get(backend)
         if function is None:
             function = self._functions[backend] = self._differentiable(backend)
-        return function(*arrays)
+        if backend in (_TRACED, "cpu"):
+            return function(*arrays)
+        replay = self._replays.get(backend)
+        if replay is None:
+            replay = self._replays[backend] = Replay(function)
+        return replay(backend, arrays)
 
     def reference(self, *arrays: mx.array) -> Any:
         """Compute the same with MLX's operations."""

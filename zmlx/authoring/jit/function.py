@@ -103,7 +103,7 @@ class JitFunction:
             (Port(array.dtype, array.ndim == 0), is_weak)
             for array, is_weak in zip(arrays, weak, strict=True)
         )
-        call = self._differentiable(ports).call
+        call = self._differentiable(ports).replayed
         if not any(weak):
             shapes = [array.ndim for array in arrays]
             # A shape is only compared where there are two; one alone always fits.
