@@ -23,7 +23,11 @@ from zmlx.backend.definition import Definition
 from zmlx.backend.names import check_name
 
 #: what a kernel's own variables are called; inputs have other names
-RESERVED = frozenset({"d", "row", "rows", "lane", "group", "column", "axis", "offset", "part", "T"})
+RESERVED = frozenset(
+    {"d", "row", "rows", "lane", "group", "column", "next", "turn", "axis", "offset", "part", "T"}
+)
+#: Elements of a row that a thread has under way at once, where it has that many.
+TURNS = 4
 #: types that Metal shuffles between the threads of a simdgroup
 _SHUFFLED = ("float", "int", "uint")
 
@@ -276,9 +280,9 @@ class _Source:
         statements, (text,) = printed([written.tree], types, self.prefix())
         return "".join(f"{line}\n" for line in (*statements, f"{into} = {text};"))
 
-    def loads(self, formulas: Sequence[Formula]) -> str:
-        """Return the statements that read what formulas use of the inputs, at row and column."""
-        lines = []
+    def loads(self, formulas: Sequence[Formula]) -> list[tuple[str, str, str]]:
+        """Return (type, name, value) of what formulas use of the inputs, at row and column."""
+        found = []
         places = zip(self.kernel.inputs, self.form.kinds, self.form.places, strict=True)
         for name, kind, place in places:
             names = {name, self.kernel.element} if name == self.kernel.inputs[0] else {name}
@@ -290,10 +294,32 @@ class _Source:
             }[place]
             for called in sorted(names):
                 if any(f.mentions(called) for f in formulas):
-                    lines.append(
-                        f"const {kind} {called} = static_cast<{kind}>({name}_in[{index}]);\n"
-                    )
-        return "".join(lines)
+                    found.append((kind, called, f"static_cast<{kind}>({name}_in[{index}])"))
+        return found
+
+    def over_columns(self, formulas: Sequence[Formula], body: str) -> str:
+        """Return the loop of a thread over its columns; `body` uses what `loads` gives.
+
+        Most of it goes in turns of several elements, which are all loaded before the body runs:
+        where it stores, compilers could not move a load before it.
+        """
+        loads = self.loads(formulas)
+        held = "".join(f"{kind} {name}_held[{TURNS}];\n" for kind, name, _ in loads)
+        load = "".join(f"{name}_held[turn] = {value};\n" for _, name, value in loads)
+        given = "".join(f"const {kind} {name} = {name}_held[turn];\n" for kind, name, _ in loads)
+        alone = "".join(f"const {kind} {name} = {value};\n" for kind, name, value in loads)
+        turn = f"for (int turn = 0; turn < {TURNS}; ++turn) {{\n"
+        at = "  const int column = next + turn * group;\n"
+        several = f"{held}{turn}{at}{indent(load, '  ')}}}\n" if loads else ""
+        several += f"{turn}{at}{indent(given + body, '  ')}}}\n"
+        return (
+            "{\nint next = lane;\n"
+            f"for (; next + {TURNS - 1} * group < d; next += {TURNS} * group) {{\n"
+            + indent(several, "  ")
+            + "}\nfor (int column = next; column < d; column += group) {\n"
+            + indent(alone + body, "  ")
+            + "}\n}\n"
+        )
 
     def fold(self, number: int, step: Pass, kind: str) -> str:
         acc = step.accumulator
@@ -302,13 +328,8 @@ class _Source:
         start = step.init
         if operator is not None:
             start = Formula("", identity(operator, stored))
-        body = self.loads([step.update]) + self.formula(step.update, acc)
-        text = (
-            self.formula(start, f"{stored} {acc}")
-            + "for (int column = lane; column < d; column += group) {\n"
-            + indent(body, "  ")
-            + "}\n"
-        )
+        text = self.formula(start, f"{stored} {acc}")
+        text += self.over_columns([step.update], self.formula(step.update, acc))
         if not self.kernel.joined:
             return text + f"const {stored} {step.result} = {acc};\n"
         text += self.join(number, step, stored, operator)
@@ -382,11 +403,7 @@ class _Source:
             lines += f"{name}_out[{at}] = static_cast<O{number}>({text});\n"
         if kernel.per_row:
             return f"if (lane == 0) {{\n{indent(lines, '  ')}}}\n"
-        return (
-            "for (int column = lane; column < d; column += group) {\n"
-            + indent(self.loads(kernel.writes) + lines, "  ")
-            + "}\n"
-        )
+        return self.over_columns(kernel.writes, lines)
 
 
 def _is_identity(init: Tree | None, operator: str, kind: str) -> bool:

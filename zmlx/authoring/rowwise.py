@@ -20,8 +20,11 @@ from zmlx.backend.launch import launcher
 from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
-#: threads of a threadgroup where nothing is tuned
+#: threads of a threadgroup where nothing is tuned, and where nothing is said, for long rows
 USUAL = 256
+_MOST = 1024
+#: elements of a row that is long
+_LONG = 16384
 _CANDIDATES = (32, 64, 128, 256, 512, 1024)
 #: Grids count threads along x with 32 bits.
 _WIDTH = 1 << 30
@@ -39,19 +42,20 @@ class RowOperation:
     """
 
     def __init__(
-        self, kernel: RowKernel, *, threadgroup: int | str = USUAL, length: int | None = None
+        self, kernel: RowKernel, *, threadgroup: int | str | None = None, length: int | None = None
     ) -> None:
         """Make the operation of a kernel.
 
         Args:
             kernel: the kernel.
-            threadgroup: most threads of a threadgroup, a multiple of 32 up to 1,024, or "auto".
+            threadgroup: most threads of a threadgroup, a multiple of 32 up to 1,024, or "auto";
+                None for 256, and 1,024 where rows are long.
             length: the length that rows must have; None for any.
 
         Raises:
             ValueError: the threadgroup or the length is none.
         """
-        if threadgroup != "auto" and (
+        if threadgroup not in ("auto", None) and (
             not isinstance(threadgroup, int)
             or isinstance(threadgroup, bool)
             or not 32 <= threadgroup <= 1024
@@ -186,6 +190,8 @@ class RowOperation:
     def _threads(
         self, definition: Any, backend: str, inputs: list[mx.array], launch: Callable[..., Any]
     ) -> int:
+        if self._threadgroup is None:
+            return _MOST if inputs[0].shape[-1] >= _LONG else USUAL
         if self._threadgroup != "auto":
             assert isinstance(self._threadgroup, int)
             return self._threadgroup

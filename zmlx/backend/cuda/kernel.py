@@ -28,6 +28,7 @@ def launch_of(definition: Definition) -> Launch:
     """
     variants = _Variants(definition)
     common = variants.get(Variant())
+    known = variants.kernels  # a variant is equal to a plain tuple of what it holds
     watched, count = variants.watched, len(definition.input_names)
 
     def launch(
@@ -59,12 +60,15 @@ def launch_of(definition: Definition) -> Launch:
         if (gx % tx and gx > tx) or (gy % ty and gy > ty) or (gz % tz and gz > tz) or not some:
             # Threads of the blocks lie outside of the grid. Of an axis that is shorter than the
             # threadgroup MLX makes one block that fits.
-            inputs, grid = [*inputs, _size((gx, gy, gz))], (gx or 1, gy or 1, gz or 1)
-            kernel = variants.get(Variant(True, scalars, constants))
+            inputs = [*inputs, _size((gx, gy, gz))]
+            if not some:
+                grid = (gx or 1, gy or 1, gz or 1)
+            key = (True, scalars, constants)
         elif scalars or constants:
-            kernel = variants.get(Variant(False, scalars, constants))
+            key = (False, scalars, constants)
         else:
-            kernel = common
+            key = None
+        kernel = common if key is None else known.get(key) or variants.get(Variant(*key))
         if constants and template is not None:
             template = [item for item in template if item not in constants]
         return kernel(
@@ -91,12 +95,12 @@ class _Variants:
 
     def __init__(self, definition: Definition) -> None:
         self._translation = Translation(definition)
-        self._kernels: dict[Variant, _Kernel] = {}
+        self.kernels: dict[tuple[Any, ...], _Kernel] = {}
         self.watched = self._translation.watched
 
     def get(self, variant: Variant) -> _Kernel:
         """Return the kernel of a variant."""
-        kernel = self._kernels.get(variant)
+        kernel = self.kernels.get(variant)
         if kernel is None:
             source = self._translation.source(variant)
             definition = self._translation.definition
@@ -108,7 +112,7 @@ class _Variants:
                 header=source.header,
                 ensure_row_contiguous=definition.ensure_row_contiguous,
             )
-            kernel = self._kernels[variant] = cast(_Kernel, made)
+            kernel = self.kernels[variant] = cast(_Kernel, made)
         return kernel
 
     def check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
