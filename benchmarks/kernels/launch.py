@@ -147,9 +147,11 @@ def runs_of(subject: Subject, calls: int, repeats: int) -> list[Run]:
     x = mx.zeros((subject.size,))
     mx.eval(x)
     runs = []
+    names = list(chains)
     for repeat in range(-2, repeats):
-        for variant, chain in chains.items():
-            values = timed(chain, x, calls)
+        first = repeat % len(chains)  # each variant comes after each other one
+        for variant in (*names[first:], *names[:first]):
+            values = timed(chains[variant], x, calls)
             if repeat >= 0:
                 runs.append(Run(subject.name, variant, repeat, values))
     return runs
@@ -171,7 +173,7 @@ def show(capsule: Capsule) -> None:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--calls", type=click.IntRange(min=1), default=200, help="Calls in a chain.")
-@click.option("--runs", "repeats", type=click.IntRange(min=1), default=31, help="Runs of each.")
+@click.option("--runs", "repeats", type=click.IntRange(min=1), default=61, help="Runs of each.")
 @click.option("--capsule", type=click.Path(path_type=Path), default=CAPSULES / "launch-cuda.json")
 def main(calls: int, repeats: int, capsule: Path) -> None:
     """What a call costs beside a bare one of mx.fast.cuda_kernel."""

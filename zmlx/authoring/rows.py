@@ -27,7 +27,7 @@ RESERVED = frozenset(
     {"d", "row", "rows", "lane", "group", "column", "next", "turn", "axis", "offset", "part", "T"}
 )
 #: Elements of a row that a thread has under way at once, where it has that many.
-TURNS = 4
+TURNS = 8
 #: types that Metal shuffles between the threads of a simdgroup
 _SHUFFLED = ("float", "int", "uint")
 
