@@ -1,4 +1,4 @@
-"""Put the figures of the capsules into docs/CPU.md.
+"""Put the figures of the capsules into docs/CPU.md and docs/CUDA.md.
 
     python benchmarks/tables.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from zmlx.bench.capsule import Capsule, Run, read
 
 CAPSULES = Path(__file__).parent / "capsules"
-PAGE = Path(__file__).parents[1] / "docs" / "CPU.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def rows(*cells: object) -> str:
@@ -103,25 +103,53 @@ def first_difference(run: Run) -> str:
     return "none" if first == run.values["tokens"] else str(first)
 
 
-TABLES: dict[str, Callable[[Capsule], Iterator[str]]] = {
-    "bandwidth-cpu": bandwidth,
-    "sharing-cpu": sharing,
-    "text-cpu": text,
+def launches(capsule: Capsule) -> Iterator[str]:
+    """One row for each kernel, two columns for each variant: microseconds to build, to evaluate."""
+    variants = capsule.variants()
+    yield from head("a call, us", *variants, "over bare")
+    for subject in capsule.subjects():
+        cells, both = [], []
+        for name in variants:
+            build, run = (capsule.median(subject, name, q) or 0 for q in ("build", "evaluate"))
+            cells.append(f"{build:.2f} + {run:.2f}")
+            both.append(build + run)
+        yield rows(subject, *cells, f"{100 * (both[1] / both[0] - 1):+.0f} %")
+
+
+def operations(capsule: Capsule) -> Iterator[str]:
+    """One row for each operation, dtype and shape."""
+    yield from head("operation", "mlx, us", "zmlx, us", "mlx / zmlx", "zmlx, GB/s")
+    for subject in capsule.subjects():
+        stock, ours = (capsule.median(subject, name, "call") or 0 for name in ("mlx", "zmlx"))
+        speed = capsule.median(subject, "zmlx", "bandwidth")
+        yield rows(subject, digits(stock), digits(ours), f"{stock / ours:.2f}", digits(speed))
+    yield ""
+    yield from (f"- {note}" for note in capsule.notes)
+
+
+#: capsule -> the page that shows it, and how
+TABLES: dict[str, tuple[str, Callable[[Capsule], Iterator[str]]]] = {
+    "bandwidth-cpu": ("CPU.md", bandwidth),
+    "sharing-cpu": ("CPU.md", sharing),
+    "text-cpu": ("CPU.md", text),
+    "launch-cuda": ("CUDA.md", launches),
+    "ops-cuda": ("CUDA.md", operations),
 }
 
 
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
+    for name, (file, table) in TABLES.items():
+        page = (DOCS / file).read_text(encoding="utf-8")
         capsule = read(CAPSULES / f"{name}.json")
         hardware = capsule.environment["hardware"]
-        where = f"{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
+        gpu = f"{hardware['gpu']}, " if hardware.get("gpu") else ""
+        where = f"{gpu}{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
         made = "\n".join([*table(capsule), "", f"({where}; every run: [capsule]"])
         made += f"(../benchmarks/capsules/{name}.json).)\n"
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page, count = block.subn(lambda found, new=made: found[1] + new + found[2], page)
-        assert count == 1, f"{PAGE}: no place for {name}"
-    PAGE.write_text(page, encoding="utf-8")
+        assert count == 1, f"{file}: no place for {name}"
+        (DOCS / file).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

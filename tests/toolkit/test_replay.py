@@ -23,7 +23,7 @@ def doubled(calls):
         calls.append(x.shape)
         return x * 2
 
-    return Replay(function)
+    return Replay(function, function)
 
 
 def test_the_third_call_of_a_form_runs_nothing(doubled, calls):
@@ -57,7 +57,7 @@ def test_what_is_not_settled_is_not_recorded(calls):
         calls.append(x)
         return x + 1
 
-    call = Replay(function, lambda arrays: bool(settled))
+    call = Replay(function, function, lambda arrays: bool(settled))
     for _ in range(3):
         call("here", [mx.ones((2,))])
     assert len(calls) == 3
@@ -77,14 +77,39 @@ def test_transformations_find_the_rules_of_the_function(calls):
     def _(primals, cotangents, outputs):
         return cotangents * 10
 
-    call = Replay(function)
+    def launch(x: mx.array) -> mx.array:
+        launched.append(x)
+        return x * x
+
+    launched = []
+    call = Replay(function, launch)
     x = mx.arange(3, dtype=mx.float32)
     for _ in range(3):
-        call("here", [x])
+        assert call("here", [x]).tolist() == [0.0, 1.0, 4.0]
+    assert (len(calls), len(launched)) == (1, 1)
     before = len(calls)
     assert mx.grad(lambda x: call("here", [x]).sum())(x).tolist() == [10.0] * 3
     assert mx.compile(mx.grad(lambda x: call("here", [x]).sum()))(x).tolist() == [10.0] * 3
     assert len(calls) == before + 2
+    assert len(launched) == 1
+
+
+def test_recording_inside_of_a_transformation_keeps_the_rules(calls):
+    @mx.custom_function
+    def function(x: mx.array) -> mx.array:
+        return x * x
+
+    @function.vjp
+    def _(primals, cotangents, outputs):
+        return cotangents * 10
+
+    call = Replay(function, lambda x: x * x)
+    x = mx.arange(3, dtype=mx.float32)
+    for _ in range(4):  # all forms are first seen and recorded while MLX traces
+        assert mx.grad(lambda x: call("here", [x]).sum())(x).tolist() == [10.0] * 3
+    for _ in range(3):
+        assert call("here", [x]).tolist() == [0.0, 1.0, 4.0]
+        assert mx.grad(lambda x: call("here", [x]).sum())(x).tolist() == [10.0] * 3
 
 
 def test_what_is_no_array_reaches_the_function(doubled):

@@ -68,7 +68,7 @@ class Elementwise:
         function.jvp(self._jvp)
         function.vmap(self._vmap)
         self._function = function
-        self._replay = Replay(function)
+        self._replay = Replay(function, lambda *given: _alone(kernel.launched(given)))
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the operation, lazily.
@@ -130,8 +130,7 @@ class Elementwise:
                 )
 
     def _forward(self, *arrays: mx.array) -> Any:
-        outputs = self.kernel(arrays)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return _alone(self.kernel(arrays))
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
         # MLX gives a lone argument, cotangent or output without a tuple around it.
@@ -248,6 +247,10 @@ class Elementwise:
         ]
         result = self._function(*moved)
         return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
+
+
+def _alone(outputs: list[mx.array]) -> Any:
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -233,7 +233,11 @@ class Pointwise:
         return next(p for p in prefixes if not any(v.startswith(p) for v in self.variables))
 
     def __call__(self, arrays: Sequence[mx.array]) -> list[mx.array]:
-        """Compute the outputs for arrays of one shape, lazily, where kernels run now."""
+        """Compute the outputs for arrays of one shape, lazily, where kernels run now.
+
+        Raises:
+            ValueError: it is called inside `mx.vmap`, and a formula is opaque.
+        """
         plan = self.plan(tuple([array.dtype for array in arrays]))
         run = plan.program
         backend = for_kernels(has_reference=run is not None)
@@ -245,17 +249,21 @@ class Pointwise:
                 "the whole batch instead"
             )
         # MLX asks for the tangents of operations that a custom function replaces, too.
-        held = [mx.stop_gradient(array) for array in arrays]
-        return self.launched(plan, backend, held)
+        return self.launched([mx.stop_gradient(array) for array in arrays])
 
-    def launched(self, plan: Plan, backend: str, arrays: Sequence[mx.array]) -> list[mx.array]:
+    def launched(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Compute the outputs with the kernel, wherever it is called."""
+        plan = self.plan(tuple([array.dtype for array in arrays]))
+        return self._launched(plan, for_kernels(has_reference=False), arrays)
+
+    def _launched(self, plan: Plan, backend: str, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Compute the outputs with the kernel; nothing is launched for empty arrays."""
         shape, size = arrays[0].shape, arrays[0].size
         if size == 0:
             return [mx.zeros(shape, dtype) for dtype in plan.results]
         if not shape:
             # Metal passes 0-d arrays by reference, which cannot be indexed.
-            flat = self.launched(plan, backend, [array.reshape(1) for array in arrays])
+            flat = self._launched(plan, backend, [array.reshape(1) for array in arrays])
             return [array.reshape(()) for array in flat]
         if size <= _WIDTH:
             turns = _turns(size, (*[array.dtype for array in arrays], *plan.results))

@@ -80,7 +80,8 @@ class RowOperation:
         function.vmap(self._vmap)
         self._function = function
         # What is tuned has to be launched with values before it is recorded.
-        self._replay = Replay(function, _concrete if threadgroup == "auto" else None)
+        settled = _concrete if threadgroup == "auto" else None
+        self._replay = Replay(function, self._launch, settled)
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the operation, lazily.
@@ -152,6 +153,9 @@ class RowOperation:
             )
         # MLX asks for the tangents of operations that a custom function replaces, too.
         return _alone(self._launched([mx.stop_gradient(array) for array in arrays], backend))
+
+    def _launch(self, *arrays: mx.array) -> Any:
+        return _alone(self._launched(list(arrays), for_kernels(has_reference=False)))
 
     def _reference(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         reference = self._known(arrays).reference

@@ -25,7 +25,7 @@ class SourceOperation:
         self.backward = backward
         function = mx.custom_function(self._forward)
         function.vjp(self._vjp)
-        self._replay = Replay(function)
+        self._replay = Replay(function, self._launch)
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the outputs, lazily; shapes and dtypes are those of the first array.
@@ -50,10 +50,11 @@ class SourceOperation:
         return self._replay(for_kernels(has_reference=False), arrays)
 
     def _forward(self, *arrays: mx.array) -> Any:
-        held = [mx.stop_gradient(array) for array in arrays]
-        first = arrays[0]
+        return self._launch(*[mx.stop_gradient(array) for array in arrays])
+
+    def _launch(self, *arrays: mx.array) -> Any:
         outputs = len(self.forward.output_names)
-        found = _launched(self.forward, held, first, [first] * outputs)
+        found = _launched(self.forward, arrays, arrays[0], [arrays[0]] * outputs)
         return found[0] if outputs == 1 else tuple(found)
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:

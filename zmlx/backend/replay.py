@@ -1,47 +1,79 @@
 """Calls of functions that launch kernels, replayed from the graph of an earlier call.
 
-MLX builds a call of `mx.custom_function` and of a custom kernel through Python each time, in 10 to
-20 microseconds. A graph that `mx.compile` has recorded it builds in 1 to 2. Inside of a
-transformation (`mx.grad`, `mx.vmap`, another `mx.compile`) a compiled function calls the function
-itself, so that all its rules are in force there.
+MLX builds a call of `mx.custom_function` and of a custom kernel through Python each time, and keeps
+an operation in the graph for the custom function beside the kernel's. A graph that `mx.compile` has
+recorded is built again without Python, and what is recorded here is the launch alone.
+
+That holds outside of transformations. Inside one (`mx.grad`, `mx.vmap`, another `mx.compile`) MLX
+does not replay: it calls the Python function that was compiled, which then is the one with all its
+rules. So one call serves for both, and nothing has to find out where it is.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-#: Graphs that are kept for each function and key: MLX looks for the right one from first to last.
+#: Graphs that are kept for each function, thread and stream: MLX goes through them one by one.
 _RECORDED = 64
 #: Shapes and dtypes that are remembered as seen once; more than that start over.
 _SEEN = 4096
+
+
+class _Forms:
+    """Shapes and dtypes with which a function was called on a stream: once, and more often."""
+
+    def __init__(self, stream: mx.Stream) -> None:
+        self.stream = stream
+        self.recorded: set[Hashable] = set()
+        self.seen: set[Hashable] = set()
+
+
+class _Own(threading.local):
+    """What one thread has recorded of a function; MLX, too, keeps graphs for each thread."""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self.compiled: dict[Hashable, Callable[..., Any]] = {}
+        self.forms: list[_Forms] = []
+
+    def here(self) -> _Forms:
+        """Return the forms of the default stream, for which MLX records."""
+        stream = mx.default_stream(mx.default_device())
+        for forms in self.forms:
+            if forms.stream == stream:
+                return forms
+        self.forms.append(_Forms(stream))
+        return self.forms[-1]
 
 
 class Replay:
     """A function of arrays; calls with shapes and dtypes that came before are replayed.
 
     The first call of a form only runs the function, so that forms which come once cost nothing
-    more, and whatever has to look at values, such as tuning, can do it. When a function has too
-    many forms, further ones run as they are.
+    more, and whatever has to look at values, such as tuning, can do it. The second is recorded.
+    When a function has too many forms, further ones run as they are.
 
     Args:
-        function: takes arrays, returns an array or several. It must not look at values, and
-            nothing that it depends on may change but what is in the key.
+        function: takes arrays, returns an array or several; with its rules for transformations.
+        launch: the same without rules. It must not look at values, and nothing that it depends on
+            may change but what is in the key.
         settled: whether a form may be recorded after this call; asked with the arrays.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
+        launch: Callable[..., Any],
         settled: Callable[[Sequence[mx.array]], bool] | None = None,
     ) -> None:
         self._function = function
+        self._launch = launch
         self._settled = settled
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
-        self._recorded: dict[Hashable, set[Hashable]] = {}
-        self._seen: set[Hashable] = set()
+        self._own = _Own()
 
     def __call__(self, key: Hashable, arrays: Sequence[mx.array]) -> Any:
         """Call the function.
@@ -54,23 +86,38 @@ class Replay:
             form = (key, *[(array.shape, array.dtype) for array in arrays])
         except AttributeError:  # no array; the function says so in its own words
             return self._function(*arrays)
-        recorded = self._recorded.setdefault(key, set())
-        if form not in recorded:
-            if form not in self._seen:
-                return self._first(form, arrays)
-            if len(recorded) >= _RECORDED:
+        own = self._own
+        forms = own.here()
+        if form not in forms.recorded:
+            if form not in forms.seen:
+                return self._first(forms, form, arrays)
+            if len(forms.recorded) >= _RECORDED:
                 return self._function(*arrays)
-            recorded.add(form)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            # Its own object: MLX knows compiled functions by their address.
-            compiled = self._compiled[key] = mx.compile(lambda *given: self._function(*given))
-        return compiled(*arrays)
+            self._record(key, arrays)
+            forms.recorded.add(form)
+        return own.compiled[key](*arrays)
 
-    def _first(self, form: Hashable, arrays: Sequence[mx.array]) -> Any:
+    def _first(self, forms: _Forms, form: Hashable, arrays: Sequence[mx.array]) -> Any:
         result = self._function(*arrays)
         if self._settled is None or self._settled(arrays):
-            if len(self._seen) >= _SEEN:
-                self._seen.clear()
-            self._seen.add(form)
+            if len(forms.seen) >= _SEEN:
+                forms.seen.clear()
+            forms.seen.add(form)
         return result
+
+    def _record(self, key: Hashable, arrays: Sequence[mx.array]) -> None:
+        own = self._own
+        if key not in own.compiled:
+            # Its own object: MLX knows compiled functions by their address.
+            own.compiled[key] = mx.compile(lambda *given: self._compiled(*given))
+        # Not with the arguments, which a transformation may be tracing.
+        stand_ins = [mx.zeros(array.shape, array.dtype) for array in arrays]
+        own.recording = True
+        try:
+            own.compiled[key](*stand_ins)
+        finally:
+            own.recording = False
+
+    def _compiled(self, *given: mx.array) -> Any:
+        """Run while a graph is recorded, and in place of a replay inside of a transformation."""
+        return self._launch(*given) if self._own.recording else self._function(*given)

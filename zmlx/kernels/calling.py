@@ -107,7 +107,10 @@ class Bound:
             return function(*arrays)
         replay = self._replays.get(backend)
         if replay is None:
-            replay = self._replays[backend] = Replay(function)
+            launch = self.spec.launch(backend)
+            replay = self._replays[backend] = Replay(
+                function, lambda *given: self.launched(launch, given)
+            )
         return replay(backend, arrays)
 
     def reference(self, *arrays: mx.array) -> Any:

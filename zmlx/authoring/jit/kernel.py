@@ -152,10 +152,11 @@ class Differentiable:
         self.kernel = kernel
         self._others: dict[tuple[bool, ...], Differentiable] = {}
         # MLX passes results on as they are nested: one alone is an array.
-        self.call = mx.custom_function(self._one if len(kernel.outputs) == 1 else self._several)
+        plain = self._one if len(kernel.outputs) == 1 else self._several
+        self.call = mx.custom_function(plain)
         self.call.vjp(self._vjp)
         self.call.vmap(self._vmap)
-        self._replay = Replay(self.call)
+        self._replay = Replay(self.call, plain)
 
     def replayed(self, *arrays: mx.array) -> Any:
         """Return what `call` does; launches of forms that came before are not built anew."""
