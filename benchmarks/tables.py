@@ -142,7 +142,7 @@ def main() -> None:
         page = (DOCS / file).read_text(encoding="utf-8")
         capsule = read(CAPSULES / f"{name}.json")
         hardware = capsule.environment["hardware"]
-        gpu = f"{hardware['gpu']}, " if hardware.get("gpu") else ""
+        gpu = f"{hardware['accelerator']}, " if hardware.get("accelerator") else ""
         where = f"{gpu}{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
         made = "\n".join([*table(capsule), "", f"({where}; every run: [capsule]"])
         made += f"(../benchmarks/capsules/{name}.json).)\n"

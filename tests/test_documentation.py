@@ -49,7 +49,8 @@ def test_python_on_the_page_runs(name, tmp_path):
     model = make_checkpoint(
         tmp_path / "model", model_type="llama", quantize={"bits": 4, "group_size": 32}
     )
-    programs = blocks(ROOT / name)
+    # What is about kernels alone runs in tests/authoring, on every backend.
+    programs = [code for code in blocks(ROOT / name) if "patch" in code]
     assert programs
     for program in programs:
         setup = f"import mlx_lm\npath = {str(model)!r}\nmodel, _ = mlx_lm.load(path)\n"

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    "QUICKSTART.md": ROOT / "docs" / "QUICKSTART.md",
+    "COOKBOOK.md": ROOT / "docs" / "COOKBOOK.md",
+    "README.md": ROOT / "README.md",
+}
 
 
 def programs() -> list[tuple[str, int, str]]:
-    """Return page, line and text of every block of Python."""
+    """Return page, line and text of every block of Python; of the README those about kernels."""
     found = []
-    for name in ("QUICKSTART.md", "COOKBOOK.md"):
-        text = (DOCS / name).read_text()
+    for name, path in PAGES.items():
+        text = path.read_text()
         for match in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
-            found.append((name, text[: match.start(1)].count("\n") + 1, match.group(1)))
+            if name != "README.md" or "zmlx.api" in match.group(1):
+                found.append((name, text[: match.start(1)].count("\n") + 1, match.group(1)))
     return found
 
 
@@ -32,9 +38,9 @@ def test_the_program_runs(page, line, program, backend, tmp_path, capsys, monkey
     runpy.run_path(str(file))
     printed = capsys.readouterr().out
     if "print(error)" in program:
-        text = (DOCS / page).read_text()
+        text = PAGES[page].read_text()
         assert f"```text\n{printed}```" in text
 
 
-def test_both_pages_have_programs():
-    assert {page for page, _, _ in programs()} == {"QUICKSTART.md", "COOKBOOK.md"}
+def test_all_pages_have_programs():
+    assert {page for page, _, _ in programs()} == set(PAGES)

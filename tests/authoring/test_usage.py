@@ -4,6 +4,27 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+import zmlx
+
+
+@zmlx.jit
+def hard_swish(x):
+    r = min(max(x + 3.0, 0.0), 6.0)
+    return x * r / 6.0
+
+
+def test_a_function_is_compiled_tested_and_compared(backend, capsys):
+    zmlx.testing.assert_matches(
+        hard_swish, lambda x: x * mx.clip(x + 3, 0, 6) / 6, shapes=[(17,), (8, 1000)]
+    )
+    result = zmlx.bench.compare(
+        {"zmlx": hard_swish, "mlx": lambda x: x * mx.clip(x + 3, 0, 6) / 6},
+        shapes=[(16, 4096) if backend == "emulator" else (1024, 4096)],
+        iters=3,
+    )
+    assert [row.ok for row in result.rows] == [True, True]
+    assert "zmlx" in capsys.readouterr().out
+
 
 def test_formulas_reductions_and_two_passes(backend):
     from zmlx.api import elementwise, map_reduce, reduce

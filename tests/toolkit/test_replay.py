@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -160,3 +162,17 @@ def test_replayed_launches_in_transformations(monkeypatch):
         assert mx.allclose(mx.grad(lambda x: cube(x).sum())(x), 3 * x * x, rtol=1e-5)
         assert mx.allclose(mx.vmap(softmax)(x[:, None]), mx.softmax(x[:, None], -1), rtol=1e-5)
         assert mx.allclose(mx.compile(cube)(x), x * x * x, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "wrapped"),
+    [
+        ("import zmlx, zmlx.patch, zmlx.kernels.quantized", False),
+        ("from zmlx.api import elementwise; elementwise('x + 1')", True),
+        ("import zmlx.kernels.softmax", True),
+    ],
+)
+def test_mlx_keeps_its_vmap_until_an_operation_with_a_source_is_made(made, wrapped):
+    program = f"{made}\nimport mlx.core as mx\nprint(hasattr(mx.vmap, '__zmlx__'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == str(wrapped), done.stderr

@@ -17,6 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.backend import vmapping
+
 #: Graphs that are kept for each function, thread and stream: MLX goes through them one by one.
 _RECORDED = 64
 #: Shapes and dtypes that are remembered as seen once; more than that start over.
@@ -70,6 +72,7 @@ class Replay:
         launch: Callable[..., Any],
         settled: Callable[[Sequence[mx.array]], bool] | None = None,
     ) -> None:
+        vmapping.install()
         self._function = function
         self._launch = launch
         self._settled = settled

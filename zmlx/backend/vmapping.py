@@ -4,8 +4,9 @@ MLX asks every operation of a traced function how it is batched, also those whos
 function then replaces, and its custom kernels have no answer: `mx.vmap` of a function that launches
 one raises, whatever the custom function's own rule is. So inside `mx.vmap` operations with such a
 rule trace MLX operations instead, and launch their kernel from the rule. MLX has no call that tells
-whether `mx.vmap` is tracing; here it is wrapped, once, so that it leaves a mark while it does. It
-changes nothing else.
+whether `mx.vmap` is tracing; `install` wraps it, once, so that it leaves a mark while it does, and
+changes nothing else. That is done when the first operation with a source is made, so where only
+models are patched `mx.vmap` stays MLX's own.
 """
 
 from __future__ import annotations
@@ -53,6 +54,3 @@ def install() -> None:
 
     vmap.__zmlx__ = True  # type: ignore[attr-defined]
     mx.vmap = vmap
-
-
-install()

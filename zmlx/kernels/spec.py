@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from zmlx.backend import current
+from zmlx.backend import current, vmapping
 from zmlx.backend.cpu import native
 from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
@@ -188,6 +188,8 @@ def register(spec: KernelSpec) -> KernelSpec:
     elsewhere = set(spec.contract) - set(spec.backends())
     if elsewhere:
         raise ValueError(f"kernel {spec.name!r} has no kernel for {sorted(elsewhere)}")
+    if spec.definition is not None:
+        vmapping.install()
     _SPECS[spec.name] = spec
     return spec
 
