@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from cases import MAKERS, ROUNDING, Case, as_numpy
 
-from zmlx.backend.cuda.source import GRID_NAMES
 from zmlx.backend.definition import Definition
 from zmlx.backend.launch import launcher
+from zmlx.backend.signature import ATTRIBUTES
 
 pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
 
@@ -84,7 +84,7 @@ def metal_positions(grid: tuple[int, ...], group: tuple[int, ...]) -> dict[str, 
     """Return what every thread of a grid must see, by the name; each of shape (z, y, x, 3)."""
     group = tuple(min(g, t) for g, t in zip(grid, group, strict=True))
     groups = tuple(-(-g // t) for g, t in zip(grid, group, strict=True))
-    seen = {name: np.zeros((*grid[::-1], 3), np.int64) for name in GRID_NAMES}
+    seen = {name: np.zeros((*grid[::-1], 3), np.int64) for name in ATTRIBUTES}
     for z, y, x in itertools.product(*(range(n) for n in grid[::-1])):
         at = (x, y, z)
         block = tuple(a // t for a, t in zip(at, group, strict=True))
@@ -134,15 +134,15 @@ GRIDS = [
 @pytest.mark.parametrize(("grid", "group"), GRIDS, ids=str)
 def test_every_thread_knows_its_place(grid, group):
     lines = []
-    for k, (name, kind) in enumerate(GRID_NAMES.items()):
+    for k, (name, kind) in enumerate(ATTRIBUTES.items()):
         for c in range(3):
             value = f"{name}.{'xyz'[c]}" if kind == "uint3" else name
-            lines.append(f"out[(at * {len(GRID_NAMES)} + {k}) * 3 + {c}] = {value};")
+            lines.append(f"out[(at * {len(ATTRIBUTES)} + {k}) * 3 + {c}] = {value};")
     source = """
         uint3 p = thread_position_in_grid, g = threads_per_grid;
         uint at = p.x + g.x * (p.y + g.y * p.z);
     """ + "\n".join(lines)
-    shape = (*grid[::-1], len(GRID_NAMES), 3)
+    shape = (*grid[::-1], len(ATTRIBUTES), 3)
     out = np.array(
         run(source, grid=grid, threadgroup=group, shape=shape, dtype=mx.int32, init_value=-7)
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zmlx.backend.signature import ATTRIBUTES
+
 #: Keywords of C++ that are none of Python's identifiers' business and still compile nowhere.
 _CPP = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t
@@ -20,29 +22,6 @@ _METAL = """
     ptrdiff_t ray_data simdgroup size_t thread threadgroup threadgroup_imageblock uchar uint
     uint16_t uint32_t uint64_t uint8_t ulong ushort vertex
 """
-#: Positions and counts that a source may use; MLX declares those that it finds there.
-ATTRIBUTES = (
-    "dispatch_quadgroups_per_threadgroup",
-    "dispatch_simdgroups_per_threadgroup",
-    "dispatch_threads_per_threadgroup",
-    "grid_origin",
-    "grid_size",
-    "quadgroup_index_in_threadgroup",
-    "quadgroups_per_threadgroup",
-    "simdgroup_index_in_threadgroup",
-    "simdgroups_per_threadgroup",
-    "thread_execution_width",
-    "thread_index_in_quadgroup",
-    "thread_index_in_simdgroup",
-    "thread_index_in_threadgroup",
-    "thread_position_in_grid",
-    "thread_position_in_threadgroup",
-    "threadgroup_position_in_grid",
-    "threadgroups_per_grid",
-    "threads_per_grid",
-    "threads_per_simdgroup",
-    "threads_per_threadgroup",
-)
 _RESERVED = frozenset(_CPP.split()) | frozenset(_METAL.split()) | frozenset(ATTRIBUTES)
 #: What MLX appends to an input's name for its shape, strides and number of axes.
 _SUFFIXES = ("_shape", "_strides", "_ndim")

@@ -11,33 +11,11 @@ from typing import NamedTuple
 from zmlx.backend.cuda.tokens import TranslationError
 from zmlx.backend.cuda.translate import always_indexed, names_in, translate_body, translate_header
 from zmlx.backend.definition import Definition
+from zmlx.backend.signature import ATTRIBUTES
 
 #: What Metal has and CUDA has not. It is included, not pasted: MLX hashes the text at every call.
 PRELUDE = Path(__file__).with_name("include") / "metal.cuh"
 
-#: What a kernel knows of its place, with the type Metal gives it.
-GRID_NAMES = {
-    "dispatch_quadgroups_per_threadgroup": "uint",
-    "dispatch_simdgroups_per_threadgroup": "uint",
-    "dispatch_threads_per_threadgroup": "uint3",
-    "grid_origin": "uint3",
-    "grid_size": "uint3",
-    "quadgroup_index_in_threadgroup": "uint",
-    "quadgroups_per_threadgroup": "uint",
-    "simdgroup_index_in_threadgroup": "uint",
-    "simdgroups_per_threadgroup": "uint",
-    "thread_execution_width": "uint",
-    "thread_index_in_quadgroup": "uint",
-    "thread_index_in_simdgroup": "uint",
-    "thread_index_in_threadgroup": "uint",
-    "thread_position_in_grid": "uint3",
-    "thread_position_in_threadgroup": "uint3",
-    "threadgroup_position_in_grid": "uint3",
-    "threadgroups_per_grid": "uint3",
-    "threads_per_grid": "uint3",
-    "threads_per_simdgroup": "uint",
-    "threads_per_threadgroup": "uint3",
-}
 #: The input that holds the size of a grid that is no multiple of the threadgroup.
 GRID_INPUT = "zmlx_grid"
 
@@ -125,14 +103,14 @@ class Translation:
         return CudaSource(self.header, text, tuple(names))
 
     def _grid(self, cut: bool) -> list[str]:
-        used = [name for name in GRID_NAMES if name in self.names]
+        used = [name for name in ATTRIBUTES if name in self.names]
         lines = []
         if cut:
             lines.append(f"const metal::cut_grid zmlx_at({GRID_INPUT});")
             lines.append("if (zmlx_at.outside()) return;")
         elif used:
             lines.append("const metal::whole_grid zmlx_at;")
-        return lines + [f"const {GRID_NAMES[name]} {name} = zmlx_at.{name}();" for name in used]
+        return lines + [f"const {ATTRIBUTES[name]} {name} = zmlx_at.{name}();" for name in used]
 
     def _arrays(self, variant: Variant) -> tuple[list[str], list[str]]:
         """Return declarations that give arrays their Metal types, outside and inside a block.

@@ -10,32 +10,8 @@ import mlx.core as mx
 
 from zmlx.backend.definition import Definition, Template
 from zmlx.backend.emulator import rewriting
+from zmlx.backend.signature import ATTRIBUTES, CONSTANT_BELOW, TYPE_NAMES
 
-#: Inputs with fewer elements lie in constant memory on a device.
-CONSTANT_SIZE = 8
-#: attribute -> whether it has three components; in MLX's order
-ATTRIBUTES = {
-    "dispatch_quadgroups_per_threadgroup": False,
-    "dispatch_simdgroups_per_threadgroup": False,
-    "dispatch_threads_per_threadgroup": True,
-    "grid_origin": True,
-    "grid_size": True,
-    "quadgroup_index_in_threadgroup": False,
-    "quadgroups_per_threadgroup": False,
-    "simdgroup_index_in_threadgroup": False,
-    "simdgroups_per_threadgroup": False,
-    "thread_execution_width": False,
-    "thread_index_in_quadgroup": False,
-    "thread_index_in_simdgroup": False,
-    "thread_index_in_threadgroup": False,
-    "thread_position_in_grid": True,
-    "thread_position_in_threadgroup": True,
-    "threadgroup_position_in_grid": True,
-    "threadgroups_per_grid": True,
-    "threads_per_grid": True,
-    "threads_per_simdgroup": False,
-    "threads_per_threadgroup": True,
-}
 #: attribute -> expression of the emulator's `Position`, where it is no field of that name
 _COMPUTED = {
     "dispatch_quadgroups_per_threadgroup": "8 * p.dispatch_simdgroups_per_threadgroup",
@@ -46,23 +22,6 @@ _COMPUTED = {
     "thread_execution_width": "32u",
     "thread_index_in_quadgroup": "p.thread_index_in_simdgroup % 4",
     "threads_per_simdgroup": "32u",
-}
-
-#: MLX's names of types in kernels
-_TYPE_NAMES = {
-    mx.float32: "float",
-    mx.float16: "float16_t",
-    mx.bfloat16: "bfloat16_t",
-    mx.complex64: "complex64_t",
-    mx.bool_: "bool",
-    mx.int8: "int8_t",
-    mx.int16: "int16_t",
-    mx.int32: "int32_t",
-    mx.int64: "int64_t",
-    mx.uint8: "uint8_t",
-    mx.uint16: "uint16_t",
-    mx.uint32: "uint32_t",
-    mx.uint64: "uint64_t",
 }
 
 #: What a parameter is given, in the order of `Part` in emulated.cpp.
@@ -89,7 +48,7 @@ class Signature:
     ) -> Signature:
         """Return the signature of a call."""
         return cls(
-            tuple((a.dtype, a.ndim == 0, a.size < CONSTANT_SIZE) for a in inputs),
+            tuple((a.dtype, a.ndim == 0, a.size < CONSTANT_BELOW) for a in inputs),
             tuple(outputs),
             tuple((name, value) for name, value in template or ()),
         )
@@ -116,9 +75,9 @@ def type_name(dtype: mx.Dtype) -> str:
     Raises:
         ValueError: kernels have no such type (float64).
     """
-    if dtype not in _TYPE_NAMES:
+    if dtype not in TYPE_NAMES:
         raise ValueError(f"{dtype} is no type of Metal")
-    return _TYPE_NAMES[dtype]
+    return TYPE_NAMES[dtype]
 
 
 def assembled(definition: Definition, signature: Signature) -> Assembled:
@@ -126,9 +85,7 @@ def assembled(definition: Definition, signature: Signature) -> Assembled:
     parameters = tuple(_parameters(definition, signature))
     attributes = [name for name in ATTRIBUTES if name in definition.source]
     declared = [_declared(definition, signature, parameter) for parameter in parameters]
-    declared += [
-        f"{'uint3' if ATTRIBUTES[name] else 'uint'} {name} [[{name}]]" for name in attributes
-    ]
+    declared += [f"{ATTRIBUTES[name]} {name} [[{name}]]" for name in attributes]
     function = f"custom_kernel_{definition.name}"
     template = _template_head(signature)
     head = f"{template}[[kernel]] void {function}(\n  " + ",\n  ".join(declared) + ") {\n"
@@ -169,7 +126,7 @@ def entry(function: str, arguments: Sequence[str]) -> str:
 def position(attribute: str) -> str:
     """Return what a parameter with a Metal attribute of the thread's position is given."""
     value = _COMPUTED.get(attribute, f"p.{attribute}")
-    return f"zmlx::Coordinates{{{value}}}" if ATTRIBUTES[attribute] else f"uint({value})"
+    return f"zmlx::Coordinates{{{value}}}" if ATTRIBUTES[attribute] == "uint3" else f"uint({value})"
 
 
 @cache

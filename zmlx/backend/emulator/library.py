@@ -20,6 +20,7 @@ import mlx.core as mx
 from zmlx.backend.cpu import build, native
 from zmlx.backend.emulator import assembly, rewriting, toolchain
 from zmlx.backend.emulator.kernel import group_size, loaded
+from zmlx.backend.signature import ATTRIBUTES
 
 _ATTRIBUTE = re.compile(r"\[\[\s*(?P<text>.*?)\s*\]\]", re.DOTALL)
 _BUFFER = re.compile(r"\bbuffer\(\s*(\d+)\s*\)")
@@ -221,7 +222,7 @@ def _parameters_of(name: str, text: str, file: str) -> list[_Parameter]:
         found = [m["text"] for m in _ATTRIBUTE.finditer(declared)]
         words = _ATTRIBUTE.sub("", declared).strip()
         kind, _, identifier = re.sub(r"([*&])", r" \1 ", words).rpartition(" ")
-        position = next((a for a in found if a in assembly.ATTRIBUTES), "")
+        position = next((a for a in found if a in ATTRIBUTES), "")
         number = -1
         if not position:
             given = next((_BUFFER.search(a) for a in found if _BUFFER.search(a)), None)

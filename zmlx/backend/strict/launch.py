@@ -12,9 +12,9 @@ from functools import cache
 import mlx.core as mx
 
 from zmlx.backend.definition import Definition, Launch, Template
+from zmlx.backend.signature import CONSTANT_BELOW
 from zmlx.backend.strict.check import check
 from zmlx.backend.strict.diagnosis import Diagnosis
-from zmlx.backend.strict.signature import CONSTANT_BELOW
 
 
 class Refused(RuntimeError):

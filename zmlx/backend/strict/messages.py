@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from zmlx.backend.signature import ATTRIBUTES
 from zmlx.backend.strict.diagnosis import Diagnosis
 from zmlx.backend.strict.rewrite import Edit
-from zmlx.backend.strict.signature import ATTRIBUTES
 from zmlx.backend.strict.tokens import Parts
 
 _LINE = re.compile(

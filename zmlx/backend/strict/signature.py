@@ -9,47 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from zmlx.backend.definition import Definition, Template
-
-#: Inputs with fewer elements than this are passed in the constant address space.
-CONSTANT_BELOW = 8
-#: Attributes that a source may name as variables -> type that MLX gives them.
-ATTRIBUTES = {
-    "dispatch_quadgroups_per_threadgroup": "uint",
-    "dispatch_simdgroups_per_threadgroup": "uint",
-    "dispatch_threads_per_threadgroup": "uint3",
-    "grid_origin": "uint3",
-    "grid_size": "uint3",
-    "quadgroup_index_in_threadgroup": "uint",
-    "quadgroups_per_threadgroup": "uint",
-    "simdgroup_index_in_threadgroup": "uint",
-    "simdgroups_per_threadgroup": "uint",
-    "thread_execution_width": "uint",
-    "thread_index_in_quadgroup": "uint",
-    "thread_index_in_simdgroup": "uint",
-    "thread_index_in_threadgroup": "uint",
-    "thread_position_in_grid": "uint3",
-    "thread_position_in_threadgroup": "uint3",
-    "threadgroup_position_in_grid": "uint3",
-    "threadgroups_per_grid": "uint3",
-    "threads_per_grid": "uint3",
-    "threads_per_simdgroup": "uint",
-    "threads_per_threadgroup": "uint3",
-}
-_TYPES = {
-    mx.bool_: "bool",
-    mx.uint8: "uint8_t",
-    mx.uint16: "uint16_t",
-    mx.uint32: "uint32_t",
-    mx.uint64: "uint64_t",
-    mx.int8: "int8_t",
-    mx.int16: "int16_t",
-    mx.int32: "int32_t",
-    mx.int64: "int64_t",
-    mx.float16: "float16_t",
-    mx.bfloat16: "bfloat16_t",
-    mx.float32: "float",
-    mx.complex64: "complex64_t",
-}
+from zmlx.backend.signature import ATTRIBUTES, CONSTANT_BELOW, TYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -112,7 +72,7 @@ def _parameters(definition: Definition, arguments: Arguments) -> list[str]:
         for length in shape:
             elements *= length
         space = "constant" if elements < CONSTANT_BELOW else "device"
-        written.append(f"const {space} {_TYPES[dtype]}{'*' if shape else '&'} {name}")
+        written.append(f"const {space} {TYPE_NAMES[dtype]}{'*' if shape else '&'} {name}")
         if shape:
             kinds = {"shape": "int*", "strides": "int64_t*", "ndim": "int&"}
             written += [
@@ -121,7 +81,7 @@ def _parameters(definition: Definition, arguments: Arguments) -> list[str]:
                 if f"{name}_{what}" in definition.source
             ]
     for name, dtype in zip(definition.output_names, arguments.output_dtypes, strict=True):
-        held = f"atomic<{_TYPES[dtype]}>" if definition.atomic_outputs else _TYPES[dtype]
+        held = f"atomic<{TYPE_NAMES[dtype]}>" if definition.atomic_outputs else TYPE_NAMES[dtype]
         written.append(f"device {held}* {name}")
     written = [f"  {text} [[buffer({index})]]" for index, text in enumerate(written)]
     used = [name for name in ATTRIBUTES if re.search(name, definition.source)]
@@ -139,4 +99,4 @@ def _kind(name: str, value: object) -> str:
 
 
 def _value(value: mx.Dtype | int | bool) -> str:
-    return _TYPES[value] if isinstance(value, mx.Dtype) else str(int(value))
+    return TYPE_NAMES[value] if isinstance(value, mx.Dtype) else str(int(value))
