@@ -263,7 +263,7 @@ def test_in_threads(backend):
 
 def test_nan_and_infinity_go_through_as_in_mlx(backend):
     op = elementwise.binary(name="largest", expr="max(a, b)")
-    a, b = mx.array([np.nan, 1.0, -np.inf]), mx.array([1.0, np.nan, np.inf])
+    a, b = mx.array([np.nan, 1.0, -np.inf, 2.0]), mx.array([1.0, np.nan, np.inf, 3.0])
     assert mx.array_equal(op(a, b), mx.maximum(a, b), equal_nan=True)
 
 

@@ -8,7 +8,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from authoring.jit_backends import BACKENDS
+from authoring.jit_backends import BACKENDS, anchored
 
 from zmlx.jit_compiler import jit
 
@@ -145,6 +145,7 @@ def test_second_derivatives(name):
     def slope(a, b):
         return mx.grad(lambda c: kernel(c, b).sum())(a)
 
+    anchored(slope(x, y), slope, x, y)
     found = mx.grad(lambda a: slope(a, y).sum())(x)
     h = 2e-2
     ends = [np.array(slope(x + s * h, y), dtype=float) for s in (-2, -1, 1, 2)]
@@ -163,6 +164,7 @@ def test_a_cotangent_is_multiplied_in():
     kernel = KERNELS["branching"]
     _, found = mx.vjp(kernel, [x, y], [weights])
     ones = mx.vjp(kernel, [x, y], [mx.ones((19,))])[1]
+    anchored(ones, lambda a, b: mx.vjp(kernel, [a, b], [mx.ones((19,))])[1], x, y)
     for value, one in zip(found, ones, strict=True):
         assert mx.allclose(value, one * weights, atol=1e-6).item()
 
@@ -206,6 +208,7 @@ def test_gradients_have_the_dtype_of_the_argument(dtype):
     kernel = KERNELS["looping"]
     found = mx.vjp(kernel, [x, y], [mx.ones((33,), dtype)])[1]
     exact = mx.vjp(kernel, list(wide), [mx.ones((33,))])[1]
+    anchored(exact, lambda a, b: mx.vjp(kernel, [a, b], [mx.ones((33,))])[1], *wide)
     for value, truth in zip(found, exact, strict=True):
         assert value.dtype == dtype
         assert mx.array_equal(value, truth.astype(dtype)).item()
@@ -272,7 +275,9 @@ def test_a_number_for_all_elements_has_the_sum_of_their_gradients():
     y = mx.array(0.375)
     by_x, by_y = mx.grad(lambda a, b: kernel(a, b).sum(), argnums=(0, 1))(x, y)
     full = mx.full((57,), 0.375)
-    each_x, each_y = mx.grad(lambda a, b: kernel(a, b).sum(), argnums=(0, 1))(x, full)
+    gradients = mx.grad(lambda a, b: kernel(a, b).sum(), argnums=(0, 1))
+    each_x, each_y = gradients(x, full)
+    anchored((each_x, each_y), gradients, x, full)
     assert by_y.shape == ()
     assert mx.allclose(by_x, each_x).item()
     assert mx.allclose(by_y, each_y.sum(), rtol=1e-5).item()
@@ -324,6 +329,7 @@ def test_compiled_gradients():
         return mx.grad(lambda c: f(c, b).sum())(a)
 
     compiled = mx.compile(slope)
+    anchored(slope(x, y), slope, x, y)
     for _ in range(2):
         assert mx.allclose(compiled(x, y), slope(x, y), atol=1e-6).item()
 
@@ -337,6 +343,7 @@ def test_vmap(axes):
     rows = [kernel(_row(one, axes[0], index), _row(two, axes[1], index)) for index in range(9)]
     found = mx.vmap(kernel, in_axes=axes)(one, two)
     assert mx.allclose(found, mx.stack(rows)).item()
+    anchored(found, mx.vmap(kernel, in_axes=axes), one, two)
 
 
 def _row(array, axis, index):
@@ -348,6 +355,7 @@ def test_vmap_over_a_number_for_all_elements():
     x, y = mx.array(points(12)[0]).reshape(4, 3), mx.array([0.3, -0.4, 1.1, 0.0])
     rows = mx.stack([kernel(x[index], y[index]) for index in range(4)])
     assert mx.allclose(mx.vmap(kernel)(x, y), rows).item()
+    anchored(rows[0], kernel, x[0], y[0])
     same = mx.stack([kernel(x[0], y[index]) for index in range(4)])
     assert mx.allclose(mx.vmap(kernel, in_axes=(None, 0))(x[0], y), same).item()
 
@@ -360,6 +368,7 @@ def test_vmap_of_gradients_and_of_several_results():
         return mx.grad(lambda c: kernel(c, b).sum())(a)
 
     assert mx.allclose(mx.vmap(slope)(x, y), slope(x, y), atol=1e-6).item()
+    anchored(slope(x, y), slope, x, y)
     found = mx.vmap(pair, in_axes=(1, 1))(x, y)
     for value, truth in zip(found, pair(x.T, y.T), strict=True):
         assert mx.allclose(value, truth).item()

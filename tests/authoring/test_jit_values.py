@@ -8,7 +8,7 @@ import types
 import mlx.core as mx
 import numpy as np
 import pytest
-from authoring.jit_backends import BACKENDS
+from authoring.jit_backends import BACKENDS, anchored
 
 import zmlx.jit_compiler
 from zmlx.jit_compiler import jit
@@ -329,6 +329,7 @@ def test_every_float_dtype_computes_in_float32_and_rounds_once(function, dtype):
     x = mx.array(grid(67)).astype(dtype)
     found = function(x)
     exact = function(x.astype(mx.float32))
+    anchored(exact, function, x.astype(mx.float32))
     for value, truth in zip(
         found if isinstance(found, list) else [found],
         exact if isinstance(exact, list) else [exact],
@@ -412,7 +413,9 @@ def test_dtypes_that_meet():
         return a * b
 
     def of(a, b):
-        return f(mx.ones((2,), a), mx.ones((2,), b)).dtype
+        product = f(mx.ones((2,), a), mx.ones((2,), b))
+        assert product.tolist() == [1, 1]
+        return product.dtype
 
     assert of(mx.float16, mx.bfloat16) == mx.float32
     assert of(mx.bfloat16, mx.float32) == mx.float32

@@ -109,7 +109,7 @@ SEQUENCES = [
     ("1.0f", "acc / (1 + v * v)", lambda acc, v: acc / (1 + v * v)),
     ("0.0f", "v - acc", lambda acc, v: v - acc),
     ("0.0f", "max(acc + v, 0.0f)", lambda acc, v: max(acc + v, 0.0)),
-    ("0.0f", "acc + v * acc", lambda acc, v: acc + v * acc),
+    ("1.0f", "acc + v * acc", lambda acc, v: acc + v * acc),
     ("0.0f", "v > acc ? v : acc + 1", lambda acc, v: v if v > acc else acc + 1),
 ]
 
