@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from cases import MAKERS, Case, argument_cases, array, memory_cases, vector_cases
+from metal.cases import MAKERS, Case, argument_cases, array, memory_cases, vector_cases
 from nvrtc_program import assemble, compile_program, is_missing
 
 from zmlx.backend.cuda import Variant, translated

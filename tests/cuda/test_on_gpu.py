@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from cases import MAKERS, ROUNDING, Case, as_numpy
+from metal.cases import MAKERS, as_numpy, differences
 
 from zmlx.backend.definition import Definition
 from zmlx.backend.launch import launcher
@@ -40,25 +40,6 @@ def run(source: str, *inputs: Any, grid: Any, shape: Any, dtype: Any = mx.float3
         threadgroup=threadgroup,
         **call,
     )[0]
-
-
-def differences(case: Case, out: np.ndarray, truth: np.ndarray, dtype: mx.Dtype) -> list[str]:
-    """Say for each row that differs where it does most."""
-    tolerance = case.tolerance or ROUNDING.get(dtype, 0)
-    rows = case.rows if case.rows and len(case.rows) == len(out) else [""] * len(out)
-    told = []
-    for name, got, want in zip(rows, np.atleast_1d(out), np.atleast_1d(truth), strict=True):
-        got, want = np.atleast_1d(got).astype(float), np.atleast_1d(want).astype(float)
-        with np.errstate(all="ignore"):
-            near = np.abs(got - want) <= tolerance * np.maximum(np.abs(want), 1)
-        bad = ~(near | (got == want) | (np.isnan(got) & np.isnan(want)))
-        if bad.any():
-            at = int(np.argmax(bad))
-            told.append(
-                f"{case.name}: {name or 'output'}: {bad.sum()} of {bad.size} wrong, first at {at}: "
-                f"{got.flat[at]!r}, right is {want.flat[at]!r}"
-            )
-    return told
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

@@ -33,7 +33,10 @@ def assert_rounded(value, truth, magnitude, dtype):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("rows", "columns", "group_size"), [(8, 512, 64), (72, 1536, 32)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"),
+    [(8, 512, 64), (72, 1536, 32), (256, 512, 64), (136, 1024, 128), (512, 1024, 64)],
+)
 def test_affine_qmv_fast(dtype, bits, rows, columns, group_size):
     w, scales, biases = mx.quantize(
         random((rows, columns), 1, dtype), group_size=group_size, bits=bits

@@ -121,6 +121,14 @@ def test_whole_numbers():
         ("float2 v = float2(int2(3, 4)); y[i] = all(v > 2) + any(v == float2(3)) + v[i % 2];",
          [5, 6, 5, 6]),
         ("packed_float3 p = float3(1, 2, 3); y[i] = i < 3 ? p[i] : sizeof(p);", [1, 2, 3, 12]),
+        ("float4 v(1, 2, 3, 4); v.zw.y = 9; v.rgb.b += v.wzyx.x; y[i] = v[i];", [1, 2, 12, 9]),
+        ("float4 v(1, 2, 3, 4); y[i] = fma(v.xy, v.zw, v.yx)[i % 2] + mix(v.xy, v.zw, 0.5f).x;",
+         [7, 11, 7, 11]),
+        ("int3 v(-9, 2, 9); v++; --v; v = clamp(v, int3(-1), int3(4)); y[i] = v[i % 3];",
+         [-1, 2, 4, -1]),
+        ("y[i] = mad24(int(i) - 2, 3, -1);", [-7, -4, -1, 2]),
+        ("const bfloat b(x[i]); float f = 1; f += b; int n = 0; n += b; y[i] = f + n + int(b);",
+         [1, 4, 7, 10]),
         ("half h = x[i]; y[i] = h > 1 ? h : 0.5f;", [0.5, 0.5, 2, 3]),
         ("complex64_t c(1, 2); c = c * c + 1; y[i] = i % 2 ? c.imag : c.real;", [-2, 4, -2, 4]),
     ],
@@ -159,6 +167,13 @@ def test_a_simdgroup_that_is_not_full():
 def test_bfloat_is_summed_in_float():
     x = mx.array([256.0] + [1.0] * 31).astype(mx.bfloat16)
     assert simd("simd_sum(v)", x) == [288.0] * 32
+
+
+@pytest.mark.parametrize("call", ["simd_sum", "simd_max", "quad_sum", "simd_prefix_inclusive_sum"])
+def test_nothing_of_64_bits_is_reduced(call):
+    """As on a device, where MLX's function for bfloat would take it and round to 8 bits."""
+    with pytest.raises(ValueError, match=call):
+        simd(f"{call}(v)", mx.arange(32, dtype=mx.int64))
 
 
 def test_shuffles():

@@ -43,6 +43,7 @@ _ADVICE = [
         "Metal rounds to bfloat only where it is told to: write bfloat(x) or T(x)",
     ),
     (r"bfloat.* to '([\w ]* )?half'", "between bfloat and half goes float: half(float(x))"),
+    (r"bfloat.* to '([\w ]* )?(int|uint|long|ulong)'", "say so where bfloat becomes whole: int(x)"),
     (r"double", "Metal has no double: write float, and 1.0f"),
     (r"narrowed", "write the conversion: T(x)"),
     (r"virtual", "Metal has no virtual functions: use templates"),

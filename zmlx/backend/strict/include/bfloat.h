@@ -1,4 +1,7 @@
-// bfloat: converts implicitly from integers and to float, and from float only explicitly.
+// bfloat: converts implicitly from integers and to float and bool, and from float only explicitly.
+// Metal converts to integers implicitly too; here that is refused where a variable gets its value: with
+// conversions both ways there would be no common type for `c ? b : 0`, which kernels write far more
+// often.
 #pragma once
 
 struct bfloat;
@@ -8,6 +11,8 @@ template <>
 struct is_floating_point<bfloat> : true_type {};
 template <typename U>
 static constexpr constant bool zmlx_builtin = __is_arithmetic(U) && !is_same_v<U, void>;
+template <typename U>
+static constexpr constant bool zmlx_follows = is_same_v<U, float> || is_same_v<U, bool>;
 } // namespace metal
 
 // For methods: one without an address space takes objects in every one but `constant`.
@@ -34,13 +39,13 @@ struct bfloat {
   explicit constexpr bfloat(U value) : bits(rounded(value)) {}
 
 #define ZMLX_CONVERSION(SPACE)                                                           \
-  template <                                                                             \
-      typename U,                                                                        \
-      metal::enable_if_t<metal::zmlx_builtin<U> && !metal::is_same_v<U, half>, int> = 0> \
+  template <typename U, metal::enable_if_t<metal::zmlx_follows<U>, int> = 0>             \
   constexpr operator U() const SPACE {                                                   \
     return static_cast<U>(__builtin_bit_cast(float, uint(bits) << 16));                  \
   }                                                                                      \
-  template <typename U, metal::enable_if_t<metal::is_same_v<U, half>, long> = 0>         \
+  template <                                                                             \
+      typename U,                                                                        \
+      metal::enable_if_t<metal::zmlx_builtin<U> && !metal::zmlx_follows<U>, long> = 0>   \
   explicit constexpr operator U() const SPACE {                                          \
     return static_cast<U>(__builtin_bit_cast(float, uint(bits) << 16));                  \
   }

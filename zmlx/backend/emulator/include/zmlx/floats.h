@@ -83,7 +83,10 @@ struct half {
 };
 #endif
 
-// Whole numbers become one by themselves; float and half have to be cast.
+// Whole numbers become one by themselves; float and half have to be cast. To float and bool it converts
+// by itself. Metal converts to whole numbers too; here they have to be cast where a variable gets its
+// value: with conversions both ways there would be no common type for `c ? b : 0`, which kernels write
+// far more often.
 struct bfloat {
   uint16_t bits;
 
@@ -93,8 +96,15 @@ struct bfloat {
   template <zmlx::Arithmetic T>
     requires(!zmlx::Whole<T>)
   constexpr explicit bfloat(T value) : bits(zmlx::bfloat_bits(float(value))) {}
-  constexpr operator float() const {
-    return zmlx::bfloat_value(bits);
+  template <class T>
+    requires(std::is_same_v<T, float> || std::is_same_v<T, bool>)
+  constexpr operator T() const {
+    return T(zmlx::bfloat_value(bits));
+  }
+  template <zmlx::Arithmetic T>
+    requires(!std::is_same_v<T, float> && !std::is_same_v<T, bool>)
+  constexpr explicit operator T() const {
+    return T(zmlx::bfloat_value(bits));
   }
 };
 
@@ -118,8 +128,15 @@ struct bfloat {
     return a op float(b);                            \
   }                                                  \
   template <class U>                                 \
+    requires requires(T& a, U b) { a = a op b; }     \
   constexpr T& operator op##=(T& a, U b) {           \
     a = a op b;                                      \
+    return a;                                        \
+  }                                                  \
+  template <zmlx::Arithmetic U>                      \
+    requires(!zmlx::is_half<U>)                      \
+  constexpr U& operator op##=(U& a, T b) {           \
+    a = U(a op b);                                   \
     return a;                                        \
   }
 #define ZMLX_COMPARISON(T, op)                       \

@@ -63,9 +63,6 @@ inline float smoothstep(float from, float to, float x) {
 inline float divide(float x, float y) {
   return x / y;
 }
-inline float mad(float a, float b, float c) {
-  return __builtin_fmaf(a, b, c);
-}
 
 } // namespace zmlx
 
@@ -118,14 +115,10 @@ namespace metal {
   inline bfloat name(bfloat x, bfloat y, bfloat z) { \
     return bfloat(function(float(x), float(y), float(z))); \
   }                                                  \
-  template <class T, int N>                          \
-    requires is_floating_point_v<T>                  \
-  vec<T, N> name(vec<T, N> a, vec<T, N> b, vec<T, N> c) { \
-    vec<T, N> out;                                   \
-    for (int i = 0; i < N; ++i) {                    \
-      out[i] = name(a[i], b[i], c[i]);               \
-    }                                                \
-    return out;                                      \
+  template <zmlx::Vector A, zmlx::Vector B, zmlx::Vector C> \
+    requires is_floating_point_v<zmlx::element_of<A>> \
+  auto name(const A& a, const B& b, const C& c) {    \
+    return zmlx::each(a, b, c, [](auto x, auto y, auto z) { return name(x, y, z); }); \
   }
 
 #define ZMLX_MATH                           \
@@ -173,7 +166,6 @@ namespace metal {
   ZMLX_BINARY(powr, __builtin_powf)         \
   ZMLX_BINARY(step, zmlx::step)             \
   ZMLX_TERNARY(fma, __builtin_fmaf)         \
-  ZMLX_TERNARY(mad, zmlx::mad)              \
   ZMLX_TERNARY(fmin3, zmlx::min3)           \
   ZMLX_TERNARY(fmax3, zmlx::max3)           \
   ZMLX_TERNARY(fmedian3, zmlx::median3)     \
@@ -241,13 +233,18 @@ namespace metal {
   auto abs(const A& a) {               \
     return zmlx::each(a, [](auto x) { return abs(x); }); \
   }                                    \
-  template <class T, int N>            \
-  vec<T, N> clamp(vec<T, N> a, T least, T most) { \
-    return zmlx::each(a, [=](T x) { return clamp(x, least, most); }); \
+  template <zmlx::Vector A, zmlx::Vector B, zmlx::Vector C> \
+    requires(!is_floating_point_v<zmlx::element_of<A>>) \
+  auto clamp(const A& a, const B& least, const C& most) { \
+    return zmlx::each(a, least, most, [](auto x, auto y, auto z) { return clamp(x, y, z); }); \
   }                                    \
-  template <class T, int N>            \
-  vec<T, N> mix(vec<T, N> a, vec<T, N> b, T t) { \
-    return zmlx::each(a, b, [=](T x, T y) { return mix(x, y, t); }); \
+  template <zmlx::Vector A>            \
+  auto clamp(const A& a, zmlx::element_of<A> least, zmlx::element_of<A> most) { \
+    return zmlx::each(a, [=](auto x) { return clamp(x, least, most); }); \
+  }                                    \
+  template <zmlx::Vector A, zmlx::Vector B> \
+  auto mix(const A& a, const B& b, zmlx::element_of<A> t) { \
+    return zmlx::each(a, b, [=](auto x, auto y) { return mix(x, y, t); }); \
   }
 
 ZMLX_MATH
@@ -340,13 +337,11 @@ template <class T>
 T select(T otherwise, T chosen, bool condition) {
   return condition ? chosen : otherwise;
 }
-template <class T, int N>
-vec<T, N> select(vec<T, N> otherwise, vec<T, N> chosen, vec<bool, N> condition) {
-  vec<T, N> out;
-  for (int i = 0; i < N; ++i) {
-    out[i] = condition[i] ? chosen[i] : otherwise[i];
-  }
-  return out;
+template <zmlx::Vector A, zmlx::Vector B, zmlx::Vector C>
+auto select(const A& otherwise, const B& chosen, const C& condition) {
+  using T = zmlx::element_of<A>;
+  return zmlx::each(
+      otherwise, chosen, condition, [](T x, T y, bool chooses) { return chooses ? y : x; });
 }
 inline bool any(bool x) {
   return x;
@@ -397,8 +392,10 @@ template <zmlx::Vector A>
 auto normalize(const A& a) {
   return a * rsqrt(dot(a, a));
 }
-template <class T>
-vec<T, 3> cross(vec<T, 3> a, vec<T, 3> b) {
+template <zmlx::Vector A, zmlx::Vector B>
+  requires(zmlx::count_of<A> == 3 && zmlx::count_of<B> == 3)
+auto cross(const A& a, const B& b) {
+  using T = zmlx::element_of<A>;
   return vec<T, 3>(
       T(a[1] * b[2] - a[2] * b[1]), T(a[2] * b[0] - a[0] * b[2]), T(a[0] * b[1] - a[1] * b[0]));
 }
@@ -461,6 +458,12 @@ inline int mul24(int x, int y) {
 }
 inline uint mul24(uint x, uint y) {
   return (x & 0xffffffu) * (y & 0xffffffu);
+}
+inline int mad24(int x, int y, int z) {
+  return int(uint(mul24(x, y)) + uint(z));
+}
+inline uint mad24(uint x, uint y, uint z) {
+  return mul24(x, y) + z;
 }
 template <zmlx::Whole T>
 T absdiff(T x, T y) {

@@ -126,21 +126,23 @@ inline auto by_component(const A& a, F f) {
 template <class T>
 using accumulator = std::conditional_t<std::is_same_v<T, bfloat>, float, T>;
 
+// Metal reduces no numbers of 64 bits.
+template <class T>
+concept Reduced = metal::is_arithmetic_v<T> && sizeof(T) <= 4;
+
 } // namespace zmlx
 
 namespace metal {
 
 #define ZMLX_REDUCTION(name, neutral, operation)                                  \
-  template <class T>                                                              \
-    requires is_arithmetic_v<T>                                                   \
+  template <zmlx::Reduced T>                                                      \
   T simd_##name(T x, ZMLX_SITE) {                                                 \
     using A = zmlx::accumulator<T>;                                               \
     return T(zmlx::reduce(                                                        \
         zmlx::meet<A>(A(x), file, line, column), A(neutral),                      \
         [](A a, A b) { return A(operation); }, 0, 32));                           \
   }                                                                               \
-  template <class T>                                                              \
-    requires is_arithmetic_v<T>                                                   \
+  template <zmlx::Reduced T>                                                      \
   T quad_##name(T x, ZMLX_SITE) {                                                 \
     using A = zmlx::accumulator<T>;                                               \
     const auto lanes = zmlx::meet<A>(A(x), file, line, column);                   \
@@ -157,13 +159,15 @@ ZMLX_REDUCTION(max, zmlx::least<A>(), max(a, b))
 ZMLX_REDUCTION(min, zmlx::most<A>(), min(a, b))
 #undef ZMLX_REDUCTION
 #define ZMLX_BITS(name, neutral, operation)                                       \
-  template <zmlx::Whole T>                                                        \
+  template <zmlx::Reduced T>                                                      \
+    requires zmlx::Whole<T>                                                       \
   T simd_##name(T x, ZMLX_SITE) {                                                 \
     return zmlx::reduce(                                                          \
         zmlx::meet(x, file, line, column), T(neutral),                            \
         [](T a, T b) { return T(operation); }, 0, 32);                            \
   }                                                                               \
-  template <zmlx::Whole T>                                                        \
+  template <zmlx::Reduced T>                                                      \
+    requires zmlx::Whole<T>                                                       \
   T quad_##name(T x, ZMLX_SITE) {                                                 \
     const auto lanes = zmlx::meet(x, file, line, column);                         \
     return zmlx::reduce(                                                          \
@@ -175,8 +179,7 @@ ZMLX_BITS(xor, 0, a ^ b)
 #undef ZMLX_BITS
 
 #define ZMLX_SCAN(name, neutral, operation, inclusive)                            \
-  template <class T>                                                              \
-    requires is_arithmetic_v<T>                                                   \
+  template <zmlx::Reduced T>                                                      \
   T simd_prefix_##name(T x, ZMLX_SITE) {                                          \
     using A = zmlx::accumulator<T>;                                               \
     return T(zmlx::scan(                                                          \

@@ -25,11 +25,87 @@ struct Components<metal::vec<T, N>> {
   static constexpr int count = N;
 };
 
-// Components of a vector in some order, as they lie in it.
+// The lane at an offset of a vector, under one of Metal's names.
 template <class T, int N, int... I>
-struct Swizzle : metal::Operand {
+struct Named;
+template <class T, int N, int A, int B>
+struct Named<T, N, A, B> {
+  union {
+    T values[N];
+    struct {
+      T before_x[A], x;
+    };
+    struct {
+      T before_y[B], y;
+    };
+    struct {
+      T before_r[A], r;
+    };
+    struct {
+      T before_g[B], g;
+    };
+  };
+};
+template <class T, int N, int A, int B, int C>
+struct Named<T, N, A, B, C> {
+  union {
+    T values[N];
+    struct {
+      T before_x[A], x;
+    };
+    struct {
+      T before_y[B], y;
+    };
+    struct {
+      T before_z[C], z;
+    };
+    struct {
+      T before_r[A], r;
+    };
+    struct {
+      T before_g[B], g;
+    };
+    struct {
+      T before_b[C], b;
+    };
+  };
+};
+template <class T, int N, int A, int B, int C, int D>
+struct Named<T, N, A, B, C, D> {
+  union {
+    T values[N];
+    struct {
+      T before_x[A], x;
+    };
+    struct {
+      T before_y[B], y;
+    };
+    struct {
+      T before_z[C], z;
+    };
+    struct {
+      T before_w[D], w;
+    };
+    struct {
+      T before_r[A], r;
+    };
+    struct {
+      T before_g[B], g;
+    };
+    struct {
+      T before_b[C], b;
+    };
+    struct {
+      T before_a[D], a;
+    };
+  };
+};
+
+// Components of a vector in some order, as they lie in it; each can be named again: `v.zyx.x`.
+template <class T, int N, int... I>
+struct Swizzle : metal::Operand, Named<T, N, I...> {
   static constexpr int count = sizeof...(I);
-  T values[N];
+  using Named<T, N, I...>::values;
 
   constexpr T operator[](int i) const {
     constexpr int order[] = {I...};
@@ -337,6 +413,19 @@ constexpr auto each(const A& a, const B& b, F f) {
   }
   return out;
 }
+template <class A, class B, class C, class F>
+constexpr auto each(const A& a, const B& b, const C& c, F f) {
+  constexpr int n = count_of<A>;
+  static_assert(n == count_of<B> && n == count_of<C>, "vectors of different lengths");
+  const auto& v = plain(a);
+  const auto& w = plain(b);
+  const auto& u = plain(c);
+  metal::vec<decltype(f(v[0], w[0], u[0])), n> out;
+  for (int i = 0; i < n; ++i) {
+    out[i] = f(v[i], w[i], u[i]);
+  }
+  return out;
+}
 
 } // namespace zmlx
 
@@ -386,6 +475,26 @@ ZMLX_VECTOR_OPERATOR(||, bool)
 #undef ZMLX_VECTOR_ARITHMETIC
 #undef ZMLX_VECTOR_OPERATOR
 
+template <class T, int N>
+constexpr vec<T, N>& operator++(vec<T, N>& a) {
+  return a += T(1);
+}
+template <class T, int N>
+constexpr vec<T, N>& operator--(vec<T, N>& a) {
+  return a -= T(1);
+}
+template <class T, int N>
+constexpr vec<T, N> operator++(vec<T, N>& a, int) {
+  const vec<T, N> before = a;
+  a += T(1);
+  return before;
+}
+template <class T, int N>
+constexpr vec<T, N> operator--(vec<T, N>& a, int) {
+  const vec<T, N> before = a;
+  a -= T(1);
+  return before;
+}
 template <zmlx::Vector A>
 constexpr auto operator-(const A& a) {
   using T = zmlx::element_of<A>;
