@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 
 import zmlx
@@ -73,3 +78,18 @@ def test_a_launch_over_two_axes():
     launch = Launch2D.covering(100, 7, threadgroup=(32, 4))
     assert (launch.grid, launch.threadgroup) == ((100, 7, 1), (32, 4, 1))
     assert Launch2D(grid=(1, 2, 3), threadgroup=(1, 1, 1)).grid == (1, 2, 3)
+
+
+def test_the_calls_of_users_run_unchanged_on_every_backend():
+    """Also a script: `python tests/usage`."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "tests/usage"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(": ran") == 4
