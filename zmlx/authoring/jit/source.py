@@ -69,6 +69,9 @@ def _marker(node: ast.AST, lineno: int, line: str) -> str:
     return " " * (start - indent) + "^" * max(end - start, 1)
 
 
+_NO_SOURCE = "no source: a function made from a string cannot be compiled; write it in a file"
+
+
 def source_of(function: types.FunctionType) -> Source:
     """Find a function's definition in its file.
 
@@ -78,19 +81,18 @@ def source_of(function: types.FunctionType) -> Source:
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not lines:
-        raise JitError(
-            code.co_filename,
-            code.co_firstlineno,
-            function.__name__,
-            "no source: a function made from a string cannot be compiled; write it in a file",
-        )
+        raise JitError(code.co_filename, code.co_firstlineno, function.__name__, _NO_SOURCE)
     found = _definitions("".join(lines)).get(code.co_firstlineno, [])
     parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     nodes = [node for node in found if _matches(node, function.__name__, parameters)]
     if len(nodes) == 1 and isinstance(nodes[0], ast.FunctionDef | ast.Lambda):
         return Source(code.co_filename, lines, nodes[0])
     lineno = min(code.co_firstlineno, len(lines))
-    if not nodes:
+    if not nodes and code.co_filename.startswith("<"):
+        reason = (
+            _NO_SOURCE  # `python -c` has a file's name like other strings, and its text is known
+        )
+    elif not nodes:
         reason = f"the source of {function.__name__} is not on this line; has the file changed?"
     elif len(nodes) > 1:
         reason = "several functions alike start on this line; write each with `def`"
