@@ -88,10 +88,9 @@ def source_of(function: types.FunctionType) -> Source:
     if len(nodes) == 1 and isinstance(nodes[0], ast.FunctionDef | ast.Lambda):
         return Source(code.co_filename, lines, nodes[0])
     lineno = min(code.co_firstlineno, len(lines))
+    # The text of `python -c` may be known, under the name that every string has.
     if not nodes and code.co_filename.startswith("<"):
-        reason = (
-            _NO_SOURCE  # `python -c` has a file's name like other strings, and its text is known
-        )
+        reason = _NO_SOURCE
     elif not nodes:
         reason = f"the source of {function.__name__} is not on this line; has the file changed?"
     elif len(nodes) > 1:
