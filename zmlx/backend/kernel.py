@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -267,7 +267,7 @@ class MetalKernel:
 
 
 def _row_contiguous(array: mx.array) -> bool:
-    view = memoryview(array)  # type: ignore[arg-type]
+    view = memoryview(cast(Any, array))
     step = view.itemsize
     for length, stride in zip(
         reversed(view.shape or ()), reversed(view.strides or ()), strict=True
