@@ -17,9 +17,8 @@ from zmlx.authoring.formula.errors import NotDifferentiable
 from zmlx.authoring.formula.formula import Formula, derived
 from zmlx.authoring.formula.tree import Name, Tree
 from zmlx.authoring.pointwise import Pointwise
-from zmlx.backend import for_kernels
+from zmlx.backend.outputs import alone, together
 from zmlx.backend.replay import Replay
-from zmlx.backend.vmapping import inside_vmap
 
 
 class Elementwise:
@@ -68,7 +67,7 @@ class Elementwise:
         function.jvp(self._jvp)
         function.vmap(self._vmap)
         self._function = function
-        self._replay = Replay(function, lambda *given: _alone(kernel.launched(given)))
+        self._replay = Replay(function, lambda *given: alone(kernel.launched(given)))
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Compute the operation, lazily.
@@ -84,10 +83,7 @@ class Elementwise:
             ValueError: the shapes differ.
         """
         self._check(arrays)
-        backend = for_kernels(has_reference=not self.kernel.opaque)
-        if backend == "reference" or inside_vmap():
-            return self._function(*arrays)
-        return self._replay(backend, arrays)
+        return self._replay.in_force(arrays, has_reference=not self.kernel.opaque)
 
     def __repr__(self) -> str:
         formulas = "; ".join(formula.text for formula in self.kernel.formulas)
@@ -130,11 +126,11 @@ class Elementwise:
                 )
 
     def _forward(self, *arrays: mx.array) -> Any:
-        return _alone(self.kernel(arrays))
+        return alone(self.kernel(arrays))
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
         # MLX gives a lone argument, cotangent or output without a tuple around it.
-        arrays, several, values = _tuple(primals), _tuple(cotangents), _tuple(outputs)
+        arrays, several, values = together(primals), together(cotangents), together(outputs)
         return self._pulled_back(arrays, several, values)
 
     def _pulled_back(
@@ -149,7 +145,7 @@ class Elementwise:
         known |= zip(self._names_of_cotangents(), cotangents, strict=True)
         if self._output:
             known[self._output] = outputs[0]
-        found = iter(_tuple(backward(*[known[name] for name in backward.kernel.variables])))
+        found = iter(together(backward(*[known[name] for name in backward.kernel.variables])))
         return [
             next(found) if has else mx.zeros_like(array)
             for array, has in zip(arrays, floating, strict=True)
@@ -223,8 +219,8 @@ class Elementwise:
 
     def _jvp(self, primals: Any, tangents: Any) -> list[mx.array]:
         """Add up gradients with tangents for cotangents: an element depends on no other one."""
-        arrays, moved = _tuple(primals), _tuple(tangents) if tangents is not None else (None,)
-        outputs = _tuple(self._function(*arrays))
+        arrays, moved = together(primals), together(tangents) if tangents is not None else (None,)
+        outputs = together(self._function(*arrays))
         results = []
         for k, output in enumerate(outputs):
             result = mx.zeros_like(output)
@@ -238,7 +234,7 @@ class Elementwise:
         return results
 
     def _vmap(self, arrays: Any, axes: Any) -> tuple[Any, Any]:
-        several = _tuple(arrays)
+        several = together(arrays)
         where = axes if isinstance(axes, tuple) else (axes,)
         size = next(a.shape[i] for a, i in zip(several, where, strict=True) if i is not None)
         moved = [
@@ -247,11 +243,3 @@ class Elementwise:
         ]
         result = self._function(*moved)
         return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
-
-
-def _alone(outputs: list[mx.array]) -> Any:
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -249,7 +249,7 @@ class Pointwise:
                 "the whole batch instead"
             )
         # MLX asks for the tangents of operations that a custom function replaces, too.
-        return self.launched([mx.stop_gradient(array) for array in arrays])
+        return self._launched(plan, backend, [mx.stop_gradient(array) for array in arrays])
 
     def launched(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Compute the outputs with the kernel, wherever it is called."""

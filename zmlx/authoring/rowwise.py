@@ -17,6 +17,7 @@ from zmlx.authoring.formula.tree import Name, Number, Tree, names
 from zmlx.authoring.rows import Form, Pass, RowKernel
 from zmlx.backend import for_kernels
 from zmlx.backend.launch import launcher
+from zmlx.backend.outputs import alone, together
 from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
@@ -106,10 +107,7 @@ class RowOperation:
         for array in arrays:
             if not isinstance(array, mx.array):
                 raise TypeError(f"{self.name} takes mx.arrays; got a {type(array).__name__}")
-        backend = for_kernels(has_reference=not self._opaque)
-        if backend == "reference" or inside_vmap():
-            return self._function(*arrays)
-        return self._replay(backend, arrays)
+        return self._replay.in_force(arrays, has_reference=not self._opaque)
 
     def _known(self, arrays: Sequence[mx.array]) -> _Known:
         """Return what arrays mean to the kernel; looked up for shapes and dtypes seen before."""
@@ -145,17 +143,17 @@ class RowOperation:
     def _forward(self, *arrays: mx.array) -> Any:
         backend = for_kernels(has_reference=not self._opaque)
         if backend == "reference" or (inside_vmap() and not self._opaque):
-            return _alone(self._reference(arrays))
+            return alone(self._reference(arrays))
         if inside_vmap():
             raise ValueError(
                 f"{self.name} cannot be used inside mx.vmap, because {self._opaque}; call it with "
                 "the whole batch instead"
             )
         # MLX asks for the tangents of operations that a custom function replaces, too.
-        return _alone(self._launched([mx.stop_gradient(array) for array in arrays], backend))
+        return alone(self._launched([mx.stop_gradient(array) for array in arrays], backend))
 
     def _launch(self, *arrays: mx.array) -> Any:
-        return _alone(self._launched(list(arrays), for_kernels(has_reference=False)))
+        return alone(self._launched(list(arrays), for_kernels(has_reference=False)))
 
     def _reference(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         reference = self._known(arrays).reference
@@ -225,7 +223,7 @@ class RowOperation:
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
         self._refuse_gradient()
-        arrays, several = _tuple(primals), list(_tuple(cotangents))
+        arrays, several = together(primals), list(together(cotangents))
         moved = [i for i, a in enumerate(arrays) if mx.issubdtype(a.dtype, mx.floating)]
         _, found = mx.vjp(self._of(arrays, moved), [arrays[i] for i in moved], several)
         gradients = [mx.zeros_like(array) for array in arrays]
@@ -235,7 +233,7 @@ class RowOperation:
 
     def _jvp(self, primals: Any, tangents: Any) -> list[mx.array]:
         self._refuse_gradient()
-        arrays, given = _tuple(primals), _tuple(tangents)
+        arrays, given = together(primals), together(tangents)
         moved = [i for i, tangent in enumerate(given) if tangent is not None]
         values = [arrays[i] for i in moved], [given[i] for i in moved]
         return mx.jvp(self._of(arrays, moved), *values)[1]
@@ -259,7 +257,7 @@ class RowOperation:
             )
 
     def _vmap(self, arrays: Any, axes: Any) -> tuple[Any, Any]:
-        several = _tuple(arrays)
+        several = together(arrays)
         where = axes if isinstance(axes, tuple) else (axes,)
         places = self.kernel.form([_without(a, i) for a, i in zip(several, where, strict=True)])
         # A value per column or per row would need a meaning that kernels do not give it.
@@ -272,7 +270,7 @@ class RowOperation:
             result = self._function(*moved)
         else:
             self._refuse_gradient()
-            batched = mx.vmap(lambda *some: _alone(self._reference(some)), in_axes=tuple(where))
+            batched = mx.vmap(lambda *some: alone(self._reference(some)), in_axes=tuple(where))
             result = batched(*several)
         return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
 
@@ -435,14 +433,6 @@ def _product(shape: Sequence[int]) -> int:
     for size in shape:
         result *= size
     return result
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _alone(outputs: list[mx.array]) -> Any:
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _concrete(arrays: Sequence[mx.array]) -> bool:

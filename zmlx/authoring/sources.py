@@ -10,6 +10,7 @@ import mlx.core as mx
 from zmlx.backend import for_kernels
 from zmlx.backend.definition import Definition
 from zmlx.backend.launch import launcher
+from zmlx.backend.outputs import alone, together
 from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
@@ -55,11 +56,10 @@ class SourceOperation:
     def _launch(self, *arrays: mx.array) -> Any:
         outputs = len(self.forward.output_names)
         found = _launched(self.forward, arrays, arrays[0], [arrays[0]] * outputs)
-        return found[0] if outputs == 1 else tuple(found)
+        return alone(found)
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
-        arrays = tuple(primals) if isinstance(primals, list | tuple) else (primals,)
-        several = tuple(cotangents) if isinstance(cotangents, list | tuple) else (cotangents,)
+        arrays, several = together(primals), together(cotangents)
         return _launched(self.backward, [*arrays, *several], arrays[0], arrays)
 
 

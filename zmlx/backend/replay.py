@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.backend import vmapping
+from zmlx.backend import for_kernels, vmapping
 
 #: Graphs that are kept for each function, thread and stream: MLX goes through them one by one.
 _RECORDED = 64
@@ -99,6 +99,20 @@ class Replay:
             self._record(key, arrays)
             forms.recorded.add(form)
         return own.compiled[key](*arrays)
+
+    def in_force(self, arrays: Sequence[mx.array], *, has_reference: bool) -> Any:
+        """Call the function where kernels run now.
+
+        References, and what `mx.vmap` traces, are no launches and run as they are.
+
+        Args:
+            arrays: its arguments.
+            has_reference: whether the function has a reference in MLX operations.
+        """
+        backend = for_kernels(has_reference=has_reference)
+        if backend == "reference" or vmapping.inside_vmap():
+            return self._function(*arrays)
+        return self(backend, arrays)
 
     def _first(self, forms: _Forms, form: Hashable, arrays: Sequence[mx.array]) -> Any:
         result = self._function(*arrays)

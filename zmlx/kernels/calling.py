@@ -18,6 +18,7 @@ from zmlx.backend import for_kernels
 from zmlx.backend.arguments import check_geometry
 from zmlx.backend.cpu import native
 from zmlx.backend.definition import Launch
+from zmlx.backend.outputs import alone
 from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 
@@ -85,7 +86,6 @@ class Bound:
         self._scalars = [self.options[name] for name in names if name in named]
         self._geometries: dict[Any, Geometry] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._replays: dict[str, Replay] = {}
 
     def __call__(self, *arrays: mx.array) -> Any:
         """Run the kernel where kernels run now, ready to be differentiated and batched.
@@ -103,15 +103,7 @@ class Bound:
         function = self._functions.get(backend)
         if function is None:
             function = self._functions[backend] = self._differentiable(backend)
-        if backend in (_TRACED, "cpu"):
-            return function(*arrays)
-        replay = self._replays.get(backend)
-        if replay is None:
-            launch = self.spec.launch(backend)
-            replay = self._replays[backend] = Replay(
-                function, lambda *given: self.launched(launch, given)
-            )
-        return replay(backend, arrays)
+        return function(*arrays)
 
     def reference(self, *arrays: mx.array) -> Any:
         """Compute the same with MLX's operations."""
@@ -161,7 +153,7 @@ class Bound:
             outputs = launch(inputs=[*arrays, *self._scalars], **geometry.arguments)
         if self.spec.finish is not None:
             return self.spec.finish(outputs, arrays)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return alone(outputs)
 
     def arguments(self, arrays: Arrays) -> dict[str, Any]:
         """Return what a `Launch` is called with for these arrays."""
@@ -178,10 +170,20 @@ class Bound:
             kernel = self.spec.implementation(backend)
             function = mx.custom_function(lambda *a: kernel(*a, **self.reference_options))
         else:
-            launch = self.spec.launch(backend)
-            function = mx.custom_function(lambda *arrays: self.launched(launch, arrays))
+            return self._replayed(backend)
         function.vjp(self._vjp)
         return function
+
+    def _replayed(self, backend: str) -> Callable[..., Any]:
+        launch = self.spec.launch(backend)
+
+        def launched(*arrays: mx.array) -> Any:
+            return self.launched(launch, arrays)
+
+        function = mx.custom_function(launched)
+        function.vjp(self._vjp)
+        replay = Replay(function, launched)
+        return lambda *arrays: replay(backend, arrays)
 
     def _traced(self, *arrays: mx.array) -> Any:
         """Stand for the kernel while `mx.vmap` traces, which asks every operation how to batch."""

@@ -16,6 +16,7 @@ from zmlx.authoring.jit.metal import LARGE_ROW, Port, Text, write
 from zmlx.backend import for_kernels
 from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
+from zmlx.backend.outputs import together
 from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 from zmlx_autopatch import variables
@@ -160,10 +161,7 @@ class Differentiable:
 
     def replayed(self, *arrays: mx.array) -> Any:
         """Return what `call` does; launches of forms that came before are not built anew."""
-        backend = for_kernels(has_reference=True)
-        if backend == "reference" or inside_vmap():
-            return self.call(*arrays)
-        return self._replay(backend, arrays)
+        return self._replay.in_force(arrays, has_reference=True)
 
     def _one(self, *arrays: mx.array) -> mx.array:
         return self.kernel(arrays)[0]
@@ -191,12 +189,12 @@ class Differentiable:
         return Differentiable(Kernel(Derivatives().gradients(kernel.function), inputs, outputs))
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> Any:
-        primals, cotangents = _tuple(primals), _tuple(cotangents)
+        primals, cotangents = together(primals), together(cotangents)
         function = self.kernel.function
         results = [mx.zeros_like(primal) for primal in primals]
         if self.gradients is not None:
             given = [cotangents[index] for index in float_results(function)]
-            found = _tuple(self.gradients.call(*primals, *given))
+            found = together(self.gradients.call(*primals, *given))
             for index, gradient in zip(float_parameters(function), found, strict=True):
                 dtype = self.kernel.inputs[index].dtype
                 if _is_float(dtype):
@@ -206,7 +204,7 @@ class Differentiable:
 
     def _vmap(self, inputs: Any, axes: Any) -> Any:
         """Put the axis first; a scalar that has one becomes an array like the others."""
-        inputs, axes = _tuple(inputs), _tuple(axes)
+        inputs, axes = together(inputs), together(axes)
         ports = self.kernel.inputs
         moved = [
             array if axis is None else mx.moveaxis(array, axis, 0)
@@ -243,10 +241,6 @@ class Differentiable:
             kernel = Kernel(self.kernel.function, inputs, self.kernel.outputs)
             self._others[scalars] = Differentiable(kernel)
         return self._others[scalars]
-
-
-def _tuple(values: Any) -> tuple[Any, ...]:
-    return tuple(values) if isinstance(values, tuple | list) else (values,)
 
 
 def _is_float(dtype: mx.Dtype) -> bool:

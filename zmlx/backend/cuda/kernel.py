@@ -8,11 +8,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from zmlx.backend.arguments import MAX_THREADS
 from zmlx.backend.cuda.source import Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
-
-#: Threads that a threadgroup may have, on Metal and on CUDA.
-MAX_THREADS = 1024
 
 _Kernel = Callable[..., list[mx.array]]
 _Size = tuple[int, int, int]
