@@ -9,7 +9,8 @@ from unittest import mock
 import mlx.core as mx
 
 from zmlx.backend import current
-from zmlx.catalog.configurations import configurations, dtype_name
+from zmlx.backend.signature import dtype_name
+from zmlx.catalog.configurations import configurations
 from zmlx.kernels import calling
 from zmlx.kernels import spec as kernels
 from zmlx.kernels.calling import bound, several

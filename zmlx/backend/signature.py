@@ -46,3 +46,8 @@ TYPE_NAMES = {
 }
 #: Inputs with fewer elements than this are passed in the constant address space.
 CONSTANT_BELOW = 8
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return a dtype's name without the module, such as "float32"."""
+    return str(dtype).rpartition(".")[2]

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.backend.signature import dtype_name
 from zmlx.kernels.spec import KernelSpec
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -52,8 +53,3 @@ def in_words(configuration: Mapping[str, Any]) -> str:
         dtype_name(value) if isinstance(value, mx.Dtype) else f"{name} {value}"
         for name, value in configuration.items()
     )
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Return a dtype's name without its module."""
-    return str(dtype).rpartition(".")[2]

@@ -15,6 +15,7 @@ from zmlx.backend import current, vmapping
 from zmlx.backend.cpu import native
 from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
+from zmlx.backend.signature import dtype_name
 from zmlx.kernels.calling import Geometry, bound, native_serves, several
 
 #: Backends that run a Metal source.
@@ -243,7 +244,7 @@ def deviations(spec: KernelSpec, backend: str, configuration: Mapping[str, Any])
 
 
 def _deviation(spec: KernelSpec, value: mx.array, truth: mx.array) -> Deviation:
-    allowed = spec.tolerance[str(truth.dtype).rpartition(".")[2]]
+    allowed = spec.tolerance[dtype_name(truth.dtype)]
     nan = float("nan")
     if value.shape != truth.shape:
         fault = f"gave shape {value.shape} where {truth.shape} is right"

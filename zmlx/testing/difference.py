@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from zmlx.tuning.arrays import dtype_name
+from zmlx.backend.signature import dtype_name
 
 #: dtype -> the step of its smallest numbers, where values of a test come near to it
 _FINEST = {mx.float16: 2.0**-24}

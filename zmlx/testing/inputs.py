@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from zmlx.tuning.arrays import dtype_name
+from zmlx.backend.signature import dtype_name
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 #: Ways in which the same values lie in memory.

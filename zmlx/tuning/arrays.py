@@ -1,4 +1,4 @@
-"""Arrays inside nested lists, tuples and dictionaries, and the names of their dtypes."""
+"""Arrays inside nested lists, tuples and dictionaries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,3 @@ def leaves(tree: Any) -> list[tuple[str, Any]]:
 def arrays(tree: Any) -> list[mx.array]:
     """Return the arrays in a tree, in their order."""
     return [leaf for _, leaf in leaves(tree) if isinstance(leaf, mx.array)]
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Return a dtype's name without the module, such as "float32"."""
-    return str(dtype).rpartition(".")[2]

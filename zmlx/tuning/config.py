@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.definition import Template
-from zmlx.tuning.arrays import dtype_name
+from zmlx.backend.signature import dtype_name
 from zmlx.tuning.store import Result
 
 #: Threads along x that are tried where nobody says which.

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.definition import Definition
-from zmlx.tuning.arrays import dtype_name
+from zmlx.backend.signature import dtype_name
 from zmlx.version import __version__
 
 _PLAIN = (int, float, complex, bool, bytes, type(None), type(Ellipsis))

@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.tuning.arrays import arrays, dtype_name
+from zmlx.backend.signature import dtype_name
+from zmlx.tuning.arrays import arrays
 from zmlx.tuning.timing import Call, batch_size, finish, in_turn
 from zmlx.tuning.tracing import refused
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from zmlx.backend.signature import dtype_name
 from zmlx.bench.environment import available_bytes
 from zmlx.bench.generation import Generation, generate
 from zmlx.patch import PatchReport, patch, unpatch
@@ -211,9 +212,9 @@ def _reference_logits(
             kept = _wide_logits(model, context, len(tokens), dtype)
         except (RuntimeError, ValueError, TypeError) as error:
             # Some operations of MLX have no float64 form; float32 is the truth then.
-            result.reference_notes.append(f"no {_named(dtype)} reference: {error}")
+            result.reference_notes.append(f"no {dtype_name(dtype)} reference: {error}")
             continue
-        result.reference_dtype = _named(dtype)
+        result.reference_dtype = dtype_name(dtype)
         if progress is not None:
             progress(len(context))
         return kept
@@ -228,10 +229,6 @@ def _wide_logits(model: nn.Module, context: Sequence[int], count: int, dtype: mx
         kept = logits[0, -count:].astype(mx.float32)
         mx.eval(kept)
     return kept
-
-
-def _named(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]
 
 
 def _error(logits: mx.array, truth: mx.array) -> LogitsError:

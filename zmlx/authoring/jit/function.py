@@ -18,6 +18,7 @@ from zmlx.authoring.jit.kernel import Differentiable, Kernel, integer_of
 from zmlx.authoring.jit.lower import lower
 from zmlx.authoring.jit.metal import TYPES, Port
 from zmlx.authoring.jit.source import JitError
+from zmlx.backend.signature import dtype_name
 
 #: Parameters without annotation for which all combinations of kinds are tried.
 _TRIED = 6
@@ -155,7 +156,7 @@ class JitFunction:
             if dtype not in TYPES:
                 raise self._misfit(
                     f"`{parameter.name}` is {dtype}, which kernels do not compute in; cast it to "
-                    "one of " + ", ".join(str(known).rpartition(".")[2] for known in TYPES)
+                    "one of " + ", ".join(dtype_name(known) for known in TYPES)
                 )
             kind = _kind_of(dtype)
             if parameter.kind is not None and kind > parameter.kind:
@@ -204,9 +205,7 @@ class JitFunction:
     def __repr__(self) -> str:
         """Return the name, the parameters, where it stands and what it was compiled for."""
         parameters = ", ".join(parameter.name for parameter in self.definition.parameters)
-        compiled = sorted(
-            {", ".join(str(p.dtype).rpartition(".")[2] for p, _ in key) for key in self._kernels}
-        )
+        compiled = sorted({", ".join(dtype_name(p.dtype) for p, _ in key) for key in self._kernels})
         source = self.definition.source
         place = f"{source.filename}:{source.node.lineno}"
         kernels = f"; compiled for {' | '.join(compiled)}" if compiled else ""
