@@ -17,6 +17,7 @@ STAGES = (
     "zmlx.profile",
     "zmlx.family",
     "zmlx.patch",
+    "zmlx.graph",
     "zmlx.kernels",
     "zmlx.authoring",
     "zmlx.tuning",
