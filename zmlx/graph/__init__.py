@@ -1,1 +1,1 @@
-"""A step of a model as a graph of MLX's operations: traced, rewritten with fused kernels, replayed."""
+"""A model's step as a graph of MLX operations: traced, rewritten with fused kernels, replayed."""
