@@ -303,11 +303,13 @@ def errors(tokens: int, inputs: int, group: int, as_json: bool) -> None:
             else:
                 y = mx.quantized_matmul(x, *weight, transpose=True, **form)
             ours = library.quantized_matmul(x, *weight, **form)
+            short = library.quantized_matmul_a8(x, *weight, **form)
             size = np.sqrt(np.mean(truth**2))
-            off = [np.sqrt(np.mean((in_float64(out) - truth) ** 2)) / size for out in (y, ours)]
-            rows.append(
-                {"dtype": dtype, "weights": name, "stock": float(off[0]), "native": float(off[1])}
-            )
+            off = {
+                which: float(np.sqrt(np.mean((in_float64(out) - truth) ** 2)) / size)
+                for which, out in (("stock", y), ("native", ours), ("native, 8 bits", short))
+            }
+            rows.append({"dtype": dtype, "weights": name, **off})
     show(f"{tokens} row(s), K = {inputs}, groups of {group} where they are free", rows, as_json)
 
 

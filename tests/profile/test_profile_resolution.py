@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from zmlx.patch.names import PATTERN_NAMES
-from zmlx.profile import ProfileError, available_profiles, resolve_policy
+from zmlx.profile import ProfileError, available_profiles, resolve, resolve_policy
 from zmlx.profile.command import profile
-from zmlx.profile.resolve import ALIASES
+from zmlx.profile.resolve import ALIASES, BUILTIN_NAMES
+from zmlx.profile.schema import check
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +70,11 @@ def test_precedence(home, monkeypatch, argument, variable, project, user):
     assert (policy.name, policy.sources["profile"]) == (name, source)
 
 
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_builtin_files_name_what_there_is(name):
+    check(resolve._builtin(name))
+
+
 def test_builtin_profiles(home):
     stable, fast, edge = map(resolve_policy, ("stable", "fast", "edge"))
     assert stable.admits == {"exact", "tighter"}
@@ -107,8 +113,10 @@ options.moe_mlp.max_tokens = 4
     )
     policy = resolve_policy("mine", start=file.parent)
     assert policy.extends == ("base", "fast", "stable")
-    assert policy.options("moe_mlp", "llama") == {"max_tokens": 4, "fused_swiglu": True}
-    assert policy.options("swiglu_mlp", "llama") == {}
+    of_fast = {"activation_bits": 8}
+    assert policy.options("moe_mlp", "llama") == {**of_fast, "max_tokens": 4, "fused_swiglu": True}
+    assert policy.options("swiglu_mlp", "llama") == of_fast
+    assert policy.options("decode_step", "llama") == {}
     assert policy.sources["options.moe_mlp.max_tokens"] == f"{file}:10"
     assert policy.sources["options.moe_mlp.fused_swiglu"] == f"{file}:6"
     assert policy.sources["exclude"] == f"{file}:3"
@@ -329,11 +337,12 @@ ERRORS = {
     "unknown option": (
         "[profiles.x.options.moe_mlp]\nmax_token = 3\n",
         ":2: profiles.x.options.moe_mlp.max_token: unknown key; allowed: max_tokens, "
-        "fused_swiglu, router_argpartition_logits, router_argpartition_logits_topk",
+        "activation_bits, fused_swiglu, router_argpartition_logits, "
+        "router_argpartition_logits_topk",
     ),
     "a pattern without options": (
-        "[profiles.x.options.swiglu_mlp]\nmax_tokens = 3\n",
-        ":2: profiles.x.options.swiglu_mlp.max_tokens: unknown key; allowed: none",
+        "[profiles.x.options.linear]\nmax_tokens = 3\n",
+        ":2: profiles.x.options.linear.max_tokens: unknown key; allowed: none",
     ),
     "an option of the wrong type": (
         "[profiles.x.options]\nmoe_mlp = { max_tokens = true }\n",
@@ -449,8 +458,8 @@ def test_the_documented_example_means_what_it_says(home):
     assert policy.allows("geglu_mlp", "exact", "gemma")[0]
     assert not policy.allows("moe_mlp", "exact", "gemma")[0]
     assert not policy.allows("swiglu_mlp", "exact", "qwen")[0]
-    assert policy.options("moe_mlp", "qwen") == {"max_tokens": 2}
-    assert policy.options("moe_mlp", "llama") == {"max_tokens": 8}
+    assert policy.options("moe_mlp", "qwen") == {"activation_bits": 8, "max_tokens": 2}
+    assert policy.options("moe_mlp", "llama") == {"activation_bits": 8, "max_tokens": 8}
 
 
 def test_show_prints_each_value_and_its_source(home, monkeypatch):

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from zmlx.kernels.quantized import QUANTIZED_GLU
+from zmlx.patch.activations import product_kernel
 from zmlx.patch.expressions import GatedProduct, gated_products
 from zmlx.patch.forward import ForwardRefused, expression, own_forward, rewritten
 from zmlx.patch.pattern import (
@@ -53,8 +54,13 @@ class GatedMLP(PatchPattern):
             reason = projection_refusal(layer)
             if reason is not None:
                 return Refused(f"{name}: {reason}")
+        try:
+            quantized = all(layer is not None and "scales" in layer for layer in layers)
+            spec = product_kernel(QUANTIZED_GLU, config, quantized=quantized)
+        except ValueError as wrong:
+            return Refused(str(wrong))
         uses = tuple(
-            KernelUse(QUANTIZED_GLU, {**kernel_configuration(layer), "activation": site.activation})
+            KernelUse(spec, {**kernel_configuration(layer), "activation": site.activation})
             for layer in layers
         )
 
@@ -62,10 +68,12 @@ class GatedMLP(PatchPattern):
             return {
                 "__call__": _rewritten(base, site),
                 "_zmlx_ready": _ready,
-                "_zmlx_glu": _product(QUANTIZED_GLU.implementation(config.backend), site),
+                "_zmlx_glu": _product(spec.implementation(config.backend), site),
             }
 
-        return Proposal((config.backend,), members, uses, f"{site.gate} and {site.up} in one pass")
+        return Proposal(
+            (config.backend, spec), members, uses, f"{site.gate} and {site.up} in one pass"
+        )
 
 
 #: layers whose weights may be read: theirs is the product with the weight, plus a bias

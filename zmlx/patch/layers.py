@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from zmlx.kernels.quantized import GATHER_QUANTIZED_MATMUL, LOOKUP, QUANTIZED_MATMUL
 from zmlx.kernels.spec import KernelSpec
+from zmlx.patch.activations import product_kernel
 from zmlx.patch.forward import ForwardRefused, own_forward
 from zmlx.patch.pattern import KernelUse, PatchConfig, PatchPattern, Proposal, Refused
 from zmlx.patch.weights import form, kernel_configuration, parts, refusal
@@ -51,10 +52,12 @@ class LayerPattern(PatchPattern):
             return Refused(reason)
         try:
             own_forward(cls)
-        except ForwardRefused as refused:
+            quantized = "scales" in module
+            specs = tuple(product_kernel(spec, config, quantized=quantized) for spec in specs)
+        except (ForwardRefused, ValueError) as refused:
             return Refused(str(refused))
         return Proposal(
-            (config.backend,),
+            (config.backend, specs),
             lambda base: members(*(spec.implementation(config.backend) for spec in specs))(base),
             tuple(KernelUse(spec, kernel_configuration(module, spec)) for spec in specs),
             " and ".join(spec.name for spec in specs),

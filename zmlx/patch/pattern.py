@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from zmlx.kernels.spec import KernelSpec
+from zmlx.kernels.spec import CONTRACTS, KernelSpec
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ class PatchConfig:
     Attributes:
         backend: "metal", "cuda" or "cpu".
         options: the pattern's options as the profile resolved them.
+        admits: the contracts that the profile admits; a pattern that has the choice keeps to them.
         threadgroup: threads of a GPU threadgroup, or "auto".
         verbose: whether the whole report is printed.
     """
 
     backend: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
+    admits: frozenset[str] = frozenset(CONTRACTS)
     threadgroup: int | str = 256
     verbose: bool = False
 

@@ -91,7 +91,9 @@ class _Judge:
         options = dict(policy.options(pattern, family.name))
         if pattern == "moe_mlp" and request.max_tokens is not None:
             options["max_tokens"] = request.max_tokens
-        self.config = PatchConfig(request.backend, options, request.threadgroup, request.verbose)
+        self.config = PatchConfig(
+            request.backend, options, policy.admits, request.threadgroup, request.verbose
+        )
         self._pattern, self._family, self._policy = pattern, family, policy
         self._backend, self._explicit = request.backend, request.explicit
 

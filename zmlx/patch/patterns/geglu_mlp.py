@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from zmlx.patch.gated import GatedMLP
 
-OPTIONS: dict[str, str] = {}
+OPTIONS: dict[str, str] = {
+    # bits that activations may be rounded to, 8 or 16, where that is faster
+    "activation_bits": "int",
+}
 
 PATTERN = GatedMLP("geglu_mlp", frozenset({"gelu", "gelu_tanh"}))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ from zmlx.kernels.quantized import (
     GATHER_QUANTIZED_GLU,
     GATHER_QUANTIZED_MATMUL,
 )
+from zmlx.kernels.spec import KernelSpec
+from zmlx.patch.activations import activation_bits, product_kernel
 from zmlx.patch.expressions import Combination, combinations
 from zmlx.patch.forward import ForwardRefused, expression, own_forward, replaced, rewritten
 from zmlx.patch.pattern import (
@@ -46,6 +49,8 @@ from zmlx.patch.weights import (
 OPTIONS: dict[str, str] = {
     # tokens in one call above which the stock experts run; 0 is no limit
     "max_tokens": "int",
+    # bits that activations may be rounded to, 8 or 16, where that is faster
+    "activation_bits": "int",
     # gate, up and activation in one pass
     "fused_swiglu": "bool",
     # routing in one kernel, for backends that have it
@@ -58,6 +63,21 @@ _SWITCH = "mlx_lm.models.switch_layers"
 
 #: layers of experts whose weights may be read
 _LAYERS = ("QuantizedSwitchLinear", "SwitchLinear")
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The kernels of experts for a width of activations."""
+
+    gated: KernelSpec
+    down: KernelSpec
+    combine: KernelSpec
+
+    @classmethod
+    def chosen(cls, config: PatchConfig) -> _Kernels:
+        """Return those that the pattern's options ask for."""
+        kernels = (GATHER_QUANTIZED_GLU, GATHER_QUANTIZED_MATMUL, GATHER_QUANTIZED_COMBINE)
+        return cls(*(product_kernel(spec, config) for spec in kernels))
 
 
 def _is(module: Any, *names: str) -> bool:
@@ -91,9 +111,10 @@ def _experts_refusal(experts: nn.Module, config: PatchConfig) -> str | None:
     if not _is(experts.activation, "SwiGLU"):
         return f"activation {type(experts.activation).__name__} is not SwiGLU"
     try:
+        activation_bits(config)
         for part in (type(experts.activation), library_class(experts)):
             own_forward(part)
-    except ForwardRefused as refused:
+    except (ForwardRefused, ValueError) as refused:
         return str(refused)
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = experts.get(name)
@@ -105,11 +126,9 @@ def _experts_refusal(experts: nn.Module, config: PatchConfig) -> str | None:
     return None
 
 
-def _glu_uses(experts: nn.Module) -> tuple[KernelUse, ...]:
+def _glu_uses(experts: nn.Module, kernel: KernelSpec) -> tuple[KernelUse, ...]:
     return tuple(
-        KernelUse(
-            GATHER_QUANTIZED_GLU, {**kernel_configuration(experts[name]), "activation": "silu"}
-        )
+        KernelUse(kernel, {**kernel_configuration(experts[name]), "activation": "silu"})
         for name in ("gate_proj", "up_proj")
     )
 
@@ -118,12 +137,13 @@ def _examine_experts(module: nn.Module, config: PatchConfig) -> Proposal | Refus
     reason = _experts_refusal(module, config)
     if reason is not None:
         return Refused(reason)
-    down = KernelUse(GATHER_QUANTIZED_MATMUL, kernel_configuration(module["down_proj"]))
+    kernels = _Kernels.chosen(config)
+    down = KernelUse(kernels.down, kernel_configuration(module["down_proj"]))
     limit = int(config.options.get("max_tokens") or 0)
 
     def members(base: type) -> dict[str, Any]:
-        glu = GATHER_QUANTIZED_GLU.implementation(config.backend)
-        gather = GATHER_QUANTIZED_MATMUL.implementation(config.backend)
+        glu = kernels.gated.implementation(config.backend)
+        gather = kernels.down.implementation(config.backend)
         stock = base.__call__
 
         def __call__(self: Any, x: mx.array, indices: mx.array) -> mx.array:
@@ -137,9 +157,8 @@ def _examine_experts(module: nn.Module, config: PatchConfig) -> Proposal | Refus
 
         return {"__call__": __call__}
 
-    return Proposal(
-        (config.backend, limit), members, (*_glu_uses(module), down), "gate and up in one pass"
-    )
+    uses = (*_glu_uses(module, kernels.gated), down)
+    return Proposal((config.backend, limit, kernels), members, uses, "gate and up in one pass")
 
 
 def _examine_block(
@@ -160,7 +179,8 @@ def _examine_block(
     reason = _experts_refusal(experts, config)
     if reason is not None:
         return Refused(f"{site.experts}: {reason}")
-    down = KernelUse(GATHER_QUANTIZED_COMBINE, kernel_configuration(experts["down_proj"]))
+    kernels = _Kernels.chosen(config)
+    down = KernelUse(kernels.combine, kernel_configuration(experts["down_proj"]))
     limit = int(config.options.get("max_tokens") or 0)
 
     def members(base: type) -> dict[str, Any]:
@@ -168,8 +188,8 @@ def _examine_block(
             "__call__": _rewritten(base, site),
             "_zmlx_ready": lambda self, experts, x, indices: _ready(experts, x, indices, limit),
             "_zmlx_combine": _combine(
-                GATHER_QUANTIZED_GLU.implementation(config.backend),
-                GATHER_QUANTIZED_COMBINE.implementation(config.backend),
+                kernels.gated.implementation(config.backend),
+                kernels.combine.implementation(config.backend),
                 keeps_dtype=site.keeps_dtype,
             ),
         }
@@ -178,7 +198,8 @@ def _examine_block(
     asked = [key for key, value in config.options.items() if key.startswith("router_") and value]
     if asked:
         note += f" ({', '.join(asked)}: no router kernel on {config.backend} yet)"
-    return Proposal((config.backend, limit), members, (*_glu_uses(experts), down), note)
+    uses = (*_glu_uses(experts, kernels.gated), down)
+    return Proposal((config.backend, limit, kernels), members, uses, note)
 
 
 def _rewritten(base: type, site: Combination) -> Any:

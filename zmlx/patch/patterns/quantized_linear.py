@@ -22,7 +22,10 @@ from zmlx.patch.layers import (
 )
 from zmlx.patch.pattern import PatchConfig, Proposal, Refused
 
-OPTIONS: dict[str, str] = {}
+OPTIONS: dict[str, str] = {
+    # bits that activations may be rounded to, 8 or 16, where that is faster
+    "activation_bits": "int",
+}
 
 
 class QuantizedLinear(LayerPattern):

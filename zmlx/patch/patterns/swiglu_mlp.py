@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from zmlx.patch.gated import GatedMLP
 
-OPTIONS: dict[str, str] = {}
+OPTIONS: dict[str, str] = {
+    # bits that activations may be rounded to, 8 or 16, where that is faster
+    "activation_bits": "int",
+}
 
 PATTERN = GatedMLP("swiglu_mlp", frozenset({"silu"}))

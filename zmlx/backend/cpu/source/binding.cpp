@@ -32,6 +32,7 @@ static nb::list available_kernels() {
 }
 
 // A weight from what Python gives; what its mode has not is None.
+template <bool Short = false>
 static zmlx::WeightArray weight_of(
     const array& w, const Optional& scales, const Optional& biases, int group_size, int bits,
     const std::string& name) {
@@ -42,7 +43,81 @@ static zmlx::WeightArray weight_of(
         "[zmlx] weights of mode '" + name +
         "': affine ones have scales and biases, dense ones neither, others scales");
   }
-  return {w, scales, biases, {mode, group_size, bits}};
+  return {w, scales, biases, {mode, group_size, bits, Short}};
+}
+
+// The products; with `Short` activations may be rounded to 8 bits, where that is faster.
+template <bool Short>
+static void bind_products(nb::module_& m, const std::string& suffix) {
+  m.def(
+      ("quantized_matmul" + suffix).c_str(),
+      [](const array& x, const array& w, const Optional& scales, const Optional& biases,
+         const Optional& bias, int group_size, int bits, const std::string& mode) {
+        return zmlx::quantized_matmul(
+            x, weight_of<Short>(w, scales, biases, group_size, bits, mode), bias);
+      },
+      "x"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(),
+      nb::kw_only(), "group_size"_a, "bits"_a, "mode"_a = "affine");
+
+  m.def(
+      ("quantized_glu" + suffix).c_str(),
+      [](const array& x, const array& gate_w, const Optional& gate_scales,
+         const Optional& gate_biases, const array& up_w, const Optional& up_scales,
+         const Optional& up_biases, const Optional& gate_bias, const Optional& up_bias,
+         const std::string& activation, int gate_group_size, int gate_bits, int up_group_size,
+         int up_bits, const std::string& gate_mode, const std::string& up_mode) {
+        return zmlx::quantized_glu(
+            x,
+            weight_of<Short>(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits, gate_mode),
+            weight_of<Short>(up_w, up_scales, up_biases, up_group_size, up_bits, up_mode),
+            gate_bias,
+            up_bias,
+            activation);
+      },
+      "x"_a, "gate_w"_a, "gate_scales"_a.none(), "gate_biases"_a.none(), "up_w"_a,
+      "up_scales"_a.none(), "up_biases"_a.none(), "gate_bias"_a = nb::none(),
+      "up_bias"_a = nb::none(), nb::kw_only(), "activation"_a, "gate_group_size"_a, "gate_bits"_a,
+      "up_group_size"_a, "up_bits"_a, "gate_mode"_a = "affine", "up_mode"_a = "affine");
+
+  m.def(
+      ("gather_quantized_matmul" + suffix).c_str(),
+      [](const array& x, const array& w, const Optional& scales, const Optional& biases,
+         const array& indices, int group_size, int bits, const std::string& mode) {
+        return zmlx::gather_quantized_matmul(
+            x, weight_of<Short>(w, scales, biases, group_size, bits, mode), indices);
+      },
+      "x"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), "indices"_a, nb::kw_only(),
+      "group_size"_a, "bits"_a, "mode"_a = "affine");
+
+  m.def(
+      ("gather_quantized_glu" + suffix).c_str(),
+      [](const array& x, const array& indices, const array& gate_w, const Optional& gate_scales,
+         const Optional& gate_biases, const array& up_w, const Optional& up_scales,
+         const Optional& up_biases, const std::string& activation, int gate_group_size,
+         int gate_bits, int up_group_size, int up_bits, const std::string& gate_mode,
+         const std::string& up_mode) {
+        return zmlx::gather_quantized_glu(
+            x,
+            indices,
+            weight_of<Short>(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits, gate_mode),
+            weight_of<Short>(up_w, up_scales, up_biases, up_group_size, up_bits, up_mode),
+            activation);
+      },
+      "x"_a, "indices"_a, "gate_w"_a, "gate_scales"_a.none(), "gate_biases"_a.none(), "up_w"_a,
+      "up_scales"_a.none(), "up_biases"_a.none(), nb::kw_only(), "activation"_a,
+      "gate_group_size"_a, "gate_bits"_a, "up_group_size"_a, "up_bits"_a, "gate_mode"_a = "affine",
+      "up_mode"_a = "affine");
+
+  m.def(
+      ("gather_quantized_combine" + suffix).c_str(),
+      [](const array& h, const array& indices, const array& weights, const array& w,
+         const Optional& scales, const Optional& biases, int group_size, int bits,
+         const std::string& mode) {
+        return zmlx::gather_quantized_combine(
+            h, indices, weights, weight_of<Short>(w, scales, biases, group_size, bits, mode));
+      },
+      "h"_a, "indices"_a, "weights"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), nb::kw_only(),
+      "group_size"_a, "bits"_a, "mode"_a = "affine");
 }
 
 NB_MODULE(_zmlx_cpu, m) {
@@ -72,75 +147,8 @@ NB_MODULE(_zmlx_cpu, m) {
       "indices"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), nb::kw_only(), "group_size"_a,
       "bits"_a, "mode"_a = "affine");
 
-  m.def(
-      "quantized_matmul",
-      [](const array& x, const array& w, const Optional& scales, const Optional& biases,
-         const Optional& bias, int group_size, int bits, const std::string& mode) {
-        return zmlx::quantized_matmul(
-            x, weight_of(w, scales, biases, group_size, bits, mode), bias);
-      },
-      "x"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(),
-      nb::kw_only(), "group_size"_a, "bits"_a, "mode"_a = "affine");
-
-  m.def(
-      "quantized_glu",
-      [](const array& x, const array& gate_w, const Optional& gate_scales,
-         const Optional& gate_biases, const array& up_w, const Optional& up_scales,
-         const Optional& up_biases, const Optional& gate_bias, const Optional& up_bias,
-         const std::string& activation, int gate_group_size, int gate_bits, int up_group_size,
-         int up_bits, const std::string& gate_mode, const std::string& up_mode) {
-        return zmlx::quantized_glu(
-            x,
-            weight_of(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits, gate_mode),
-            weight_of(up_w, up_scales, up_biases, up_group_size, up_bits, up_mode),
-            gate_bias,
-            up_bias,
-            activation);
-      },
-      "x"_a, "gate_w"_a, "gate_scales"_a.none(), "gate_biases"_a.none(), "up_w"_a,
-      "up_scales"_a.none(), "up_biases"_a.none(), "gate_bias"_a = nb::none(),
-      "up_bias"_a = nb::none(), nb::kw_only(), "activation"_a, "gate_group_size"_a, "gate_bits"_a,
-      "up_group_size"_a, "up_bits"_a, "gate_mode"_a = "affine", "up_mode"_a = "affine");
-
-  m.def(
-      "gather_quantized_matmul",
-      [](const array& x, const array& w, const Optional& scales, const Optional& biases,
-         const array& indices, int group_size, int bits, const std::string& mode) {
-        return zmlx::gather_quantized_matmul(
-            x, weight_of(w, scales, biases, group_size, bits, mode), indices);
-      },
-      "x"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), "indices"_a, nb::kw_only(),
-      "group_size"_a, "bits"_a, "mode"_a = "affine");
-
-  m.def(
-      "gather_quantized_glu",
-      [](const array& x, const array& indices, const array& gate_w, const Optional& gate_scales,
-         const Optional& gate_biases, const array& up_w, const Optional& up_scales,
-         const Optional& up_biases, const std::string& activation, int gate_group_size,
-         int gate_bits, int up_group_size, int up_bits, const std::string& gate_mode,
-         const std::string& up_mode) {
-        return zmlx::gather_quantized_glu(
-            x,
-            indices,
-            weight_of(gate_w, gate_scales, gate_biases, gate_group_size, gate_bits, gate_mode),
-            weight_of(up_w, up_scales, up_biases, up_group_size, up_bits, up_mode),
-            activation);
-      },
-      "x"_a, "indices"_a, "gate_w"_a, "gate_scales"_a.none(), "gate_biases"_a.none(), "up_w"_a,
-      "up_scales"_a.none(), "up_biases"_a.none(), nb::kw_only(), "activation"_a,
-      "gate_group_size"_a, "gate_bits"_a, "up_group_size"_a, "up_bits"_a, "gate_mode"_a = "affine",
-      "up_mode"_a = "affine");
-
-  m.def(
-      "gather_quantized_combine",
-      [](const array& h, const array& indices, const array& weights, const array& w,
-         const Optional& scales, const Optional& biases, int group_size, int bits,
-         const std::string& mode) {
-        return zmlx::gather_quantized_combine(
-            h, indices, weights, weight_of(w, scales, biases, group_size, bits, mode));
-      },
-      "h"_a, "indices"_a, "weights"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), nb::kw_only(),
-      "group_size"_a, "bits"_a, "mode"_a = "affine");
+  bind_products<false>(m, "");
+  bind_products<true>(m, "_a8");
 
   m.def("fuse", &zmlx::fuse, "wanted"_a);
 

@@ -67,6 +67,7 @@ struct Weight {
   int64_t group; // all inputs where there are no groups
   Scale scale;
   Float results = Float::f32; // what products are rounded to: no more precision is of use
+  bool short_activations = false; // 8 bits of them suffice, where that is faster
 
   int bits() const {
     return bits_of(code);

@@ -5,7 +5,7 @@
 // activations of a group become integers of 16 bits, each split into two signed bytes, its limbs:
 // x = step * (256 * high + low). All products and sums of a group are exact; what is rounded is the
 // step. For bfloat16 it is a power of two, for which the values within a factor of 64 of the group's
-// largest are exact, too.
+// largest are exact, too. Where 8 bits suffice there is one limb, and half the work.
 //
 // Results in float32 are left to the float32 kernels, and many rows to those with panels, where the
 // processor has them.
@@ -26,8 +26,6 @@ namespace {
 constexpr int64_t kAhead = 6144; // bytes between a load of weights and its prefetch
 constexpr int64_t kLine = 64;
 
-constexpr int kLimbs = 2;
-
 // Values that are multiplied in one turn.
 constexpr int64_t block_of(Code code) {
   return code == Code::u2 ? 256 : of_nibbles(code) ? 128 : 64;
@@ -38,11 +36,13 @@ constexpr int64_t block_of(Code code) {
 // before the odd ones, of two bits every fourth one from the first on, then from the second on, ...
 struct RowLayout {
   int64_t blocks, steps, bytes;
+  int limbs;
 
   explicit RowLayout(const Weight& weight) {
     const int64_t block = block_of(weight.code);
     blocks = (weight.inputs + block - 1) / block;
-    steps = blocks * block * kLimbs;
+    limbs = weight.short_activations ? 1 : 2;
+    steps = blocks * block * limbs;
     bytes = steps + rounded_up(weight.groups() * int64_t(sizeof(float)), kLine);
   }
 };
@@ -116,7 +116,7 @@ inline __m512i load_whole(const uint8_t* from) {
 }
 
 // What does not change from one row of weights to the next.
-template <Code code>
+template <Code code, int Limbs>
 struct Sweep {
   static constexpr int64_t block = block_of(code);
   static constexpr int parts = int(block / 64);
@@ -229,9 +229,9 @@ struct Sweep {
 
   template <int Rows>
   void multiply(const __m512i (&w)[Rows][parts], const char* x, int64_t at, __m512i (&sum)[Rows]) const {
-    const char* limb = x + at * block * kLimbs;
+    const char* limb = x + at * block * Limbs;
     std::fill_n(sum, Rows, _mm512_setzero_si512());
-    for (int l = 0; l < kLimbs; ++l) {
+    for (int l = 0; l < Limbs; ++l) {
       for (int r = 0; r < Rows && l > 0; ++r) {
         sum[r] = _mm512_slli_epi32(sum[r], 8);
       }
@@ -245,11 +245,11 @@ struct Sweep {
   }
 };
 
-template <Code code, int Count>
+template <Code code, int Limbs, int Count>
 void rows(
     const Weight& weight, const Batch& batch, int64_t row, int64_t first, int64_t last, float* out,
     int64_t stride) {
-  const Sweep<code> sweep(weight);
+  const Sweep<code, Limbs> sweep(weight);
   const char* x = static_cast<const char*>(batch.data) + row * sweep.layout.bytes;
   const float* sums = batch.sums + row * weight.groups();
   float* to = out + row * stride;
@@ -265,16 +265,16 @@ void rows(
   }
 }
 
-template <Code code>
+template <Code code, int Limbs>
 void few(
     const Weight& weight, const Batch& batch, int64_t first, int64_t last, float* out,
     int64_t stride) {
   int64_t row = 0;
   for (; row + 4 <= batch.count; row += 4) {
-    rows<code, 4>(weight, batch, row, first, last, out, stride);
+    rows<code, Limbs, 4>(weight, batch, row, first, last, out, stride);
   }
   for (; row < batch.count; ++row) {
-    rows<code, 1>(weight, batch, row, first, last, out, stride);
+    rows<code, Limbs, 1>(weight, batch, row, first, last, out, stride);
   }
 }
 
@@ -302,7 +302,11 @@ void multiply(
   }
   with_code(weight.code, [&](auto code) {
     if constexpr (of_integers(code.value)) {
-      few<code.value>(weight, batch, first, last, out, stride);
+      if (weight.short_activations) {
+        few<code.value, 1>(weight, batch, first, last, out, stride);
+      } else {
+        few<code.value, 2>(weight, batch, first, last, out, stride);
+      }
     }
   });
 }
@@ -319,8 +323,8 @@ size_t scratch_size(const Weight& weight, Float type, int64_t count) {
 }
 
 // The limbs of 16 integers as bytes, the high one first.
-inline void store_limbs(__m512i v, char* to, int64_t apart) {
-  for (int l = kLimbs - 1; l >= 0; --l) {
+inline void store_limbs(__m512i v, int limbs, char* to, int64_t apart) {
+  for (int l = limbs - 1; l >= 0; --l) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + l * apart), _mm512_cvtepi32_epi8(v));
     v = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
   }
@@ -337,14 +341,15 @@ inline __m512i integers(
 }
 
 // Write the limbs of 64 integers, each 16 of them to a part of their own.
-inline void store_parts(__m512i (&v)[4], Code code, int64_t k, int64_t block, char* limbs) {
+inline void store_parts(
+    __m512i (&v)[4], Code code, int64_t k, int64_t block, int count, char* limbs) {
   if (code == Code::u2) {
     deal(v[0], v[1]);
     deal(v[2], v[3]);
     deal(v[0], v[2]); // 0, 4, 8, ... and 2, 6, 10, ...
     deal(v[1], v[3]);
     for (int part = 0; part < 4; ++part) {
-      store_limbs(v[part], limbs + 64 * part + k / 4, block);
+      store_limbs(v[part], count, limbs + 64 * part + k / 4, block);
     }
     return;
   }
@@ -353,8 +358,8 @@ inline void store_parts(__m512i (&v)[4], Code code, int64_t k, int64_t block, ch
       deal(v[half], v[half + 1]);
     }
     char* to = limbs + (of_nibbles(code) ? k / 2 : k);
-    store_limbs(v[half], to, block);
-    store_limbs(v[half + 1], to + (of_nibbles(code) ? 64 : 16), block);
+    store_limbs(v[half], count, to, block);
+    store_limbs(v[half + 1], count, to + (of_nibbles(code) ? 64 : 16), block);
   }
 }
 
@@ -367,7 +372,7 @@ void pack_limbs(const Weight& weight, const void* x, Float type, const float* st
       for (int i = 0; i < 4; ++i) {
         v[i] = integers(weight, x, type, steps, b * block + k + 16 * i);
       }
-      store_parts(v, weight.code, k, block, to + b * block * kLimbs);
+      store_parts(v, weight.code, k, block, layout.limbs, to + b * block * layout.limbs);
     }
   }
 }
@@ -391,7 +396,7 @@ void pack(const Weight& weight, const void* x, Float type, Batch& batch, int64_t
       nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
     }
     const float top = nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(largest);
-    steps[g] = step_of(top, type);
+    steps[g] = step_of(top, type, layout.limbs);
     // The biases meet the same values as the weights do.
     __m512i sum = _mm512_setzero_si512();
     for (int64_t k = first; k < last; k += 16) {

@@ -231,7 +231,8 @@ Experts rounded_to(Experts experts, Float results) {
 }
 
 bool same_packing(const Weight& a, const Weight& b) {
-  return a.code == b.code && a.group == b.group && a.inputs == b.inputs;
+  return a.code == b.code && a.group == b.group && a.inputs == b.inputs &&
+      a.short_activations == b.short_activations;
 }
 
 } // namespace

@@ -46,6 +46,12 @@ WeightArray weight_at(const Arrays& in, size_t at, Format format) {
 }
 
 Weight WeightOperand::weight() const {
+  Weight found = stored();
+  found.short_activations = format_.short_activations;
+  return found;
+}
+
+Weight WeightOperand::stored() const {
   const int64_t rows = w_.view().extent(-2), last = scales_.view().extent(-1);
   const Code code = code_of(format_, w_.view().dtype);
   const auto* q = static_cast<const uint8_t*>(w_.data());

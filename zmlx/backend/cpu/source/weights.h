@@ -20,6 +20,7 @@ struct Format {
   Mode mode;
   int group_size; // these two only of quantized weights
   int bits;
+  bool short_activations = false; // what it is multiplied with may be rounded to 8 bits
 
   bool operator==(const Format&) const = default;
 };
@@ -57,6 +58,8 @@ class WeightOperand {
   }
 
  private:
+  Weight stored() const;
+
   Ordered w_, scales_, biases_;
   Format format_;
 };
