@@ -33,7 +33,7 @@ def _updated(array: mx.array, where: Any, update: mx.array, kind: int) -> mx.arr
     at = array.at[where]
     if kind == 4:
         # Assignment changes the Python object, and this array belongs to the caller.
-        fresh = mx.array(array)
+        fresh = array.astype(array.dtype)
         fresh[where] = update
         return fresh
     return (at.maximum, at.minimum, at.add, at.multiply)[kind](update)

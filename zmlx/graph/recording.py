@@ -189,6 +189,11 @@ _RECORDED: tuple[tuple[ModuleType, str, Callable[..., Described]], ...] = (
 )
 
 
+def _kept(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    """Return the same arrays as other Python objects: `x += y` changes the caller's object."""
+    return tuple(array.astype(array.dtype) for array in arrays)
+
+
 class Recorder:
     """The calls of one trace.
 
@@ -216,7 +221,7 @@ class Recorder:
             op, inputs, arguments = describe(*args, **kwargs)
             alone = isinstance(result, mx.array)
             markers = tuple(self._marker(array) for array in ([result] if alone else result))
-            self.calls.append(Call(op, inputs, markers, arguments))
+            self.calls.append(Call(op, _kept(inputs), _kept(markers), arguments))
             return markers[0] if alone else markers
 
         return recorded
