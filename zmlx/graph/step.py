@@ -1,0 +1,73 @@
+"""One step of a model as a function of arrays: the tokens and what the cache holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model's forward with its cache, made a function that changes nothing.
+
+    Attributes:
+        model: called with tokens, shape (batch, length), and `cache`.
+        cache: mlx-lm's prompt cache, as it is before the step.
+    """
+
+    model: Callable[..., Any]
+    cache: Sequence[Any]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the cache holds, in the order in which `__call__` takes it."""
+        return cache_arrays(self.cache)
+
+    def __call__(self, tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
+        """Run the step on a copy of the cache that holds `arrays`.
+
+        Returns:
+            The logits, shape (batch, length, vocabulary), and what the cache then holds. A step may
+            give a cache arrays that it did not have.
+        """
+        cache = copy.deepcopy(list(self.cache))
+        given = iter(arrays)
+        _visit(cache, lambda _: next(given), set())
+        logits = self.model(tokens, cache=cache)
+        return [logits, *cache_arrays(cache)]
+
+
+def cache_arrays(cache: Sequence[Any]) -> list[mx.array]:
+    """Return the arrays that caches hold: in attributes, lists, tuples, dicts and inner caches."""
+    found: list[mx.array] = []
+
+    def take(array: mx.array) -> mx.array:
+        found.append(array)
+        return array
+
+    _visit(list(cache), take, set())
+    return found
+
+
+def _visit(value: Any, change: Callable[[mx.array], mx.array], seen: set[int]) -> Any:
+    """Put what `change` makes of an array in its place, in objects too; return the new value."""
+    if isinstance(value, mx.array):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [_visit(part, change, seen) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if id(value) in seen:
+        return value
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if isinstance(value, list):
+        seen.add(id(value))
+        value[:] = [_visit(part, change, seen) for part in value]
+    elif isinstance(held, dict) and not isinstance(value, type):
+        seen.add(id(value))
+        for name in list(held):
+            held[name] = _visit(held[name], change, seen)
+    return value

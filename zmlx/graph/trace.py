@@ -1,0 +1,201 @@
+"""A function of arrays, traced once into a graph of MLX's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from zmlx.graph.nodes import Graph, Node, Value
+from zmlx.graph.recording import Call, recorded
+
+#: What the export tells of an array: name, shape, dtype.
+Told = tuple[str, tuple[int, ...], mx.Dtype]
+
+
+#: What MLX says before the name of an operation that it cannot export.
+_UNNAMED = "Unable to get state for primitive "
+
+
+class TraceError(RuntimeError):
+    """A function cannot be traced; the text says what in it cannot."""
+
+
+def trace(function: Callable[..., Any], *arrays: mx.array) -> Graph:
+    """Run a function once, without computing anything, and return what it does as a graph.
+
+    Nodes have the names and arguments of MLX's primitives (`Primitive::state`), whatever is inside
+    `mx.compile` included, but for these, which are one node on every backend; a "?" marks inputs
+    that are there only if their argument says so:
+
+    - "RMSNorm": x, weight?; `Norm`
+    - "LayerNorm": x, weight?, bias?; `Norm`
+    - "RoPE": x, offset, freqs?; `Rope`. An offset that is a number becomes a constant.
+    - "ScaledDotProductAttention": queries, keys, values, mask?, sinks?; `Attention`
+    - "QuantizeWeights": w, global_scale?; "DequantizeWeights": packed, scales, biases?,
+      global_scale?; `Packing`
+    - "Contiguous": x; (allow_col_major,). "BitwiseInvert", "ToFP8": x. "FromFP8": x; (dtype,)
+
+    Args:
+        function: takes arrays and can be run twice; returns an array, or lists, tuples and dicts of arrays, which become
+            the graph's outputs in their order. Whatever else it reads becomes a constant: arrays as
+            arrays, numbers as numbers. It may change objects (a cache); undo that afterwards.
+        arrays: one for each argument. Only shapes and dtypes matter: none is evaluated.
+
+    Raises:
+        TraceError: the function reads an array's contents (`.item()`, `mx.eval`, `if array`),
+            returns what is no array, uses an operation that MLX cannot export, or raises.
+    """
+    try:
+        return _traced(function, arrays)
+    except TraceError:
+        raise
+    except Exception as error:
+        if _UNNAMED + "Compiled" not in str(error):
+            raise TraceError(_explained(error)) from error
+    # A compiled function was called with constants only; MLX inlines those that read an input.
+    with _uncompiled():
+        try:
+            return _traced(function, arrays)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(_explained(error)) from error
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Call compiled functions as they are, if they are not already; in the whole process."""
+    count = 0
+
+    @mx.compile
+    def counted(x: mx.array) -> mx.array:
+        nonlocal count
+        count += 1
+        return x
+
+    one = mx.array(1)
+    counted(one)
+    counted(one)
+    # Compiled functions run once; MLX does not tell otherwise whether it compiles.
+    compiles = count == 1
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        if compiles:
+            mx.enable_compile()
+
+
+def _traced(function: Callable[..., Any], arrays: Sequence[mx.array]) -> Graph:
+    told: list[dict[str, Any]] = []
+    calls: list[Call] = []
+
+    def traced(seed: mx.array, *inputs: mx.array) -> list[mx.array]:
+        with recorded(seed) as recorder:
+            outputs = _arrays(function(*inputs))
+        calls.extend(recorder.calls)
+        # What is returned gets a name: first what recorded calls read and made, in their order.
+        return [*(a for call in calls for a in (*call.inputs, *call.outputs)), *outputs]
+
+    mx.export_function(told.append, traced, mx.array(0, mx.int64), *arrays)
+    return _Reader(told).graph(calls)
+
+
+def _arrays(result: Any) -> list[mx.array]:
+    leaves = [leaf for _, leaf in tree_flatten(result)]
+    for leaf in leaves:
+        if not isinstance(leaf, mx.array):
+            raise TraceError(
+                f"a traced function returns arrays, not a {type(leaf).__name__} ({leaf!r:.60})"
+            )
+    return leaves
+
+
+def _explained(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    unnamed = text.partition(_UNNAMED)[2]
+    if unnamed:
+        return f"MLX cannot export the operation {unnamed}"
+    if "Attempting to eval" in text:
+        return (
+            "the function reads what an array holds (.item(), mx.eval, or an array as a condition);"
+            f" only shapes and dtypes are known while it is traced: {text}"
+        )
+    if "uncaptured inputs" in text:
+        return "the function reads one of the given arrays by another way than its argument"
+    return f"{type(error).__name__}: {text}"
+
+
+class _Reader:
+    """Makes a graph of what the export told."""
+
+    def __init__(self, told: Sequence[dict[str, Any]]) -> None:
+        self.values: dict[str, Value] = {}
+        parts = {part["type"]: part for part in told if part["type"] != "primitive"}
+        self.inputs = [self.value(*item) for item in parts["inputs"]["inputs"]]
+        self.outputs = [self.value(*item) for item in parts["outputs"]["outputs"]]
+        self.constants = {
+            self.value(name, array.shape, array.dtype): array
+            for name, array in parts["constants"]["constants"]
+        }
+        self.nodes = [
+            Node(
+                part["name"],
+                tuple(self.value(*item) for item in part["inputs"]),
+                tuple(self.value(*item) for item in part["outputs"]),
+                tuple(part["arguments"]),
+            )
+            for part in told
+            if part["type"] == "primitive"
+        ]
+
+    def value(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> Value:
+        """Return the value of a name, always the same one."""
+        if name not in self.values:
+            self.values[name] = Value(tuple(shape), dtype, name)
+        return self.values[name]
+
+    def graph(self, calls: Iterable[Call]) -> Graph:
+        """Return the graph, with a node in place of each recorded call's marker."""
+        named = iter(self.outputs)
+        nodes = {value: node for node in self.nodes for value in node.outputs}
+        order: list[Value] = []
+        for call in calls:
+            inputs = tuple(next(named) for _ in call.inputs)
+            markers = tuple(next(named) for _ in call.outputs)
+            node = Node(call.op, inputs, markers, call.arguments)
+            nodes.update(dict.fromkeys(markers, node))
+            order.extend((*inputs, *markers))
+        outputs = tuple(named)
+        ordered = in_order(nodes, [*order, *outputs])
+        graph = Graph(tuple(self.inputs[1:]), outputs, self.constants)
+        return graph.with_nodes(ordered)
+
+
+def in_order(producers: dict[Value, Node], wanted: Iterable[Value]) -> list[Node]:
+    """Return the nodes that make what is wanted, each once and after those that it reads from.
+
+    Args:
+        producers: the node that makes each value.
+        wanted: values; the earlier ones' nodes come first.
+    """
+    ordered: dict[Node, None] = {}
+    for value in wanted:
+        # Not by recursion: a step of a deep model is a chain of thousands of nodes.
+        path = [value]
+        while path:
+            node = producers.get(path[-1])
+            if node is None or node in ordered:
+                path.pop()
+                continue
+            before = [v for v in node.inputs if v in producers and producers[v] not in ordered]
+            if before:
+                path.extend(reversed(before))
+            else:
+                ordered[node] = None
+                path.pop()
+    return list(ordered)
