@@ -155,10 +155,12 @@ constexpr int W = THREADS / 32;
 constexpr int K_ROWS = 32 / K_LANES, V_ROWS = 32 / V_LANES;
 threadgroup float4 score_memory[CHUNK * PADDED / 4];
 threadgroup float4 scratch_memory[SCRATCH / 4];
+threadgroup uint4 new_memory[(D + DV) / N];
 threadgroup float most[W * PADDED];
 threadgroup float fading[PADDED];
 threadgroup float* scores = (threadgroup float*)score_memory;
 threadgroup float* scratch = (threadgroup float*)scratch_memory;
+threadgroup T* new_rows = (threadgroup T*)new_memory;
 int thread_index = thread_position_in_threadgroup.x;
 uint lane = thread_index_in_simdgroup;
 int group = simdgroup_index_in_threadgroup;
@@ -193,7 +195,8 @@ fetch<AHEAD, K_VECTORS, K_LANES, D / N>(
     next, key_rows, keys_strides[2], start + group * K_ROWS + k_sub, K_STEP, end, write, k_lane);
 """
 
-# Queries, and behind them the new key where it belongs to this part, as floats in `scratch`.
+# Queries, and behind them the new key where it belongs to this part, as floats in `scratch`. What is
+# new goes to the cache and, for this threadgroup itself, to `new_rows`.
 _STAGE = """
 for (int r = group; r < HEADS + (fresh ? 1 : 0); r += W) {
   float x[(D + 31) / 32];
@@ -214,18 +217,25 @@ NORM  for (int e = 0; e < (D + 31) / 32; ++e) {
       staged[lane + 32 * e] = x[e];
     }
   }
-ROPE  if (is_key && part == 0) {
+ROPE  if (is_key) {
     simdgroup_barrier(mem_flags::mem_threadgroup);
     device T* to = (device T*)key_rows + write * keys_strides[2];
     for (int d = lane; d < D; d += 32) {
-      to[d] = T(staged[d]);
+      new_rows[d] = T(staged[d]);
+      if (part == 0) {
+        to[d] = T(staged[d]);
+      }
     }
   }
 }
-if (fresh && part == 0) {
+if (fresh) {
   device T* to = (device T*)value_rows + write * values_strides[2];
   for (int d = thread_index; d < DV; d += THREADS) {
-    to[d] = v[batch * v_strides[0] + kv * v_strides[1] + d * v_strides[2]];
+    T value = v[batch * v_strides[0] + kv * v_strides[1] + d * v_strides[2]];
+    new_rows[D + d] = value;
+    if (part == 0) {
+      to[d] = value;
+    }
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -320,14 +330,9 @@ for (int from = start; from < end; from += CHUNK) {
           UNROLL
           for (int j = 0; j < K_VECTORS; ++j) {
             float x[N];
-            unpack(bits[r * K_VECTORS + j], x, T());
-            if (at == write) {
-              UNROLL
-              for (int i = 0; i < N; ++i) {
-                int d = (j * K_LANES + k_lane) * N + i;
-                x[i] = d < D ? scratch[HEADS * D + d] : 0.0f;
-              }
-            }
+            int column = j * K_LANES + k_lane;
+            bool is_new = at == write && column < D / N;
+            unpack(is_new ? new_memory[column] : bits[r * K_VECTORS + j], x, T());
             UNROLL
             for (int h = 0; h < HEADS; ++h) {
               UNROLL
@@ -405,15 +410,9 @@ for (int from = start; from < end; from += CHUNK) {
         UNROLL
         for (int j = 0; j < V_VECTORS; ++j) {
           float x[N];
-          unpack(bits[r * V_VECTORS + j], x, T());
-          if (at == write) {
-            UNROLL
-            for (int i = 0; i < N; ++i) {
-              int d = (j * V_LANES + v_lane) * N + i;
-              x[i] = d < DV ? float(v[batch * v_strides[0] + kv * v_strides[1] + d * v_strides[2]])
-                            : 0.0f;
-            }
-          }
+          int column = j * V_LANES + v_lane;
+          bool is_new = at == write && column < DV / N;
+          unpack(is_new ? new_memory[D / N + column] : bits[r * V_VECTORS + j], x, T());
           UNROLL
           for (int h = 0; h < HEADS; ++h) {
             UNROLL
