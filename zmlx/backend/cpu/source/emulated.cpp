@@ -81,8 +81,8 @@ class Emulated : public mx::Primitive {
         .run();
     for (size_t i = 0; i < buffers.size(); ++i) {
       if (buffers[i].writable && buffers[i].bytes != 0) {
-        mx::array& out = outputs[kernel_->parameters[i].index];
-        std::memcpy(out.data<char>(), buffers[i].data, buffers[i].bytes);
+        std::memcpy(
+            target_of(kernel_->parameters[i], views, outputs), buffers[i].data, buffers[i].bytes);
       }
     }
   }
@@ -92,6 +92,16 @@ class Emulated : public mx::Primitive {
     return kernel_->ensure_row_contiguous && !view.dense();
   }
 
+  // Where what a kernel wrote goes: to an output, or into the memory of the input that it updates.
+  static char* target_of(
+      const Parameter& parameter, const std::vector<View>& views, Arrays& outputs) {
+    if (parameter.part == Part::output) {
+      return outputs[parameter.index].data<char>();
+    }
+    const View& view = views[parameter.index];
+    return view.data - Extent(view).before;
+  }
+
   Buffer buffer_of(
       const Parameter& parameter, const Arrays& inputs, const std::vector<View>& views,
       const Arrays& outputs) const {
@@ -99,9 +109,11 @@ class Emulated : public mx::Primitive {
     buffer.name = parameter.name;
     const auto ndim = [&] { return size_t(views[parameter.index].ndim()); };
     switch (parameter.part) {
-      case Part::data: {
+      case Part::data:
+      case Part::updated: {
         const View& view = views[parameter.index];
         buffer.item = view.item();
+        buffer.writable = parameter.part == Part::updated;
         if (copied(view)) {
           buffer.bytes = view.bytes();
         } else {
@@ -110,6 +122,9 @@ class Emulated : public mx::Primitive {
           // On a device memory begins at a page, and a slice somewhere in it.
           buffer.misalignment =
               size_t(inputs[parameter.index].offset() - extent.before) % 64;
+        }
+        if (buffer.writable) {
+          buffer.writers.resize(buffer.bytes / buffer.item);
         }
         break;
       }
@@ -146,7 +161,8 @@ class Emulated : public mx::Primitive {
       const Parameter& parameter, const Buffer& buffer, const std::vector<View>& views,
       const Arrays& outputs) const {
     switch (parameter.part) {
-      case Part::data: {
+      case Part::data:
+      case Part::updated: {
         const View& view = views[parameter.index];
         if (copied(view)) {
           copy_elements(view, View(view.shape, view.dtype, buffer.data));
