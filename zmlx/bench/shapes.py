@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def random_model(
     shape: str, *, bits: int = 4, group_size: int = 64, dtype: mx.Dtype = mx.bfloat16, seed: int = 0
 ) -> nn.Module:
-    """Return an evaluated quantized model with random weights.
+    """Return an evaluated quantized model with random weights; see `unfilled_model`.
 
     Args:
         shape: a name in `SHAPES`.
@@ -73,20 +73,7 @@ def random_model(
     Raises:
         ValueError: the shape is not known.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    config = SHAPES[shape]
-    module = import_module(f"mlx_lm.models.{config['model_type']}")
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
-    # Nothing of this is evaluated before it is replaced: only shapes and dtypes are wanted.
-    model.set_dtype(dtype)
-    chosen = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    nn.quantize(
-        model,
-        group_size,
-        bits,
-        class_predicate=lambda path, m: hasattr(m, "to_quantized") and chosen(path, m),
-    )
+    model = unfilled_model(shape, bits=bits, group_size=group_size, dtype=dtype)
     mx.random.seed(seed)
 
     def filled(parameter: mx.array) -> mx.array:
@@ -100,5 +87,33 @@ def random_model(
         return value
 
     model.update(tree_map(filled, model.parameters()))
+    model.eval()
+    return model
+
+
+def unfilled_model(
+    shape: str, *, bits: int = 4, group_size: int = 64, dtype: mx.Dtype = mx.bfloat16
+) -> nn.Module:
+    """Return the quantized model of a shape before anything is computed: it takes no memory.
+
+    Its parameters have their shapes and dtypes; evaluating them takes more memory than the finished
+    model. Arguments as for `random_model`.
+
+    Raises:
+        ValueError: the shape is not known.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    config = SHAPES[shape]
+    module = import_module(f"mlx_lm.models.{config['model_type']}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
+    model.set_dtype(dtype)
+    chosen = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    nn.quantize(
+        model,
+        group_size,
+        bits,
+        class_predicate=lambda path, m: hasattr(m, "to_quantized") and chosen(path, m),
+    )
     model.eval()
     return model

@@ -9,7 +9,7 @@ puts one node where the marker is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -189,7 +189,7 @@ _RECORDED: tuple[tuple[ModuleType, str, Callable[..., Described]], ...] = (
 )
 
 
-def _kept(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+def kept(arrays: Iterable[mx.array]) -> tuple[mx.array, ...]:
     """Return the same arrays as other Python objects: `x += y` changes the caller's object."""
     return tuple(array.astype(array.dtype) for array in arrays)
 
@@ -221,7 +221,7 @@ class Recorder:
             op, inputs, arguments = describe(*args, **kwargs)
             alone = isinstance(result, mx.array)
             markers = tuple(self._marker(array) for array in ([result] if alone else result))
-            self.calls.append(Call(op, _kept(inputs), _kept(markers), arguments))
+            self.calls.append(Call(op, kept(inputs), kept(markers), arguments))
             return markers[0] if alone else markers
 
         return recorded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -49,8 +49,52 @@ def trace(function: Callable[..., Any], *arrays: mx.array) -> Graph:
         TraceError: the function reads an array's contents (`.item()`, `mx.eval`, `if array`),
             returns what is no array, uses an operation that MLX cannot export, or raises.
     """
+    return trace_with(_nothing, function, *arrays)[0]
+
+
+def trace_plain(function: Callable[..., Any], *arrays: mx.array) -> Graph:
+    """Trace a function with every operation as MLX makes it here; arguments as for `trace`.
+
+    On a CPU `mx.fast` functions are then the operations that stand in for them.
+
+    Raises:
+        TraceError: as for `trace`.
+    """
+    told: list[dict[str, Any]] = []
     try:
-        return _traced(function, arrays)
+        mx.export_function(told.append, lambda *inputs: _arrays(function(*inputs)), *arrays)
+    except Exception as error:
+        raise TraceError(_explained(error)) from error
+    reader = _Reader(told)
+    graph = Graph(tuple(reader.inputs), tuple(reader.outputs), reader.constants)
+    return graph.with_nodes(reader.nodes)
+
+
+#: What compiled functions read and return.
+Regions = list[tuple[tuple[Value, ...], tuple[Value, ...]]]
+
+
+def trace_with(
+    watching: Callable[[], AbstractContextManager[list[Call]]],
+    function: Callable[..., Any],
+    *arrays: mx.array,
+) -> tuple[Graph, Regions]:
+    """Trace a function while something watches it.
+
+    Args:
+        watching: makes a context in which the function runs, with a list of calls that is filled
+            there; they become no nodes.
+        function: as for `trace`.
+        arrays: as for `trace`.
+
+    Returns:
+        The graph, and what each call that was watched reads and returns.
+
+    Raises:
+        TraceError: as for `trace`.
+    """
+    try:
+        return _traced(watching, function, arrays)
     except TraceError:
         raise
     except Exception as error:
@@ -59,7 +103,7 @@ def trace(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     # A compiled function was called with constants only; MLX inlines those that read an input.
     with _uncompiled():
         try:
-            return _traced(function, arrays)
+            return _traced(watching, function, arrays)
         except TraceError:
             raise
         except Exception as error:
@@ -90,19 +134,30 @@ def _uncompiled() -> Iterator[None]:
             mx.enable_compile()
 
 
-def _traced(function: Callable[..., Any], arrays: Sequence[mx.array]) -> Graph:
+@contextmanager
+def _nothing() -> Iterator[list[Call]]:
+    yield []
+
+
+def _traced(
+    watching: Callable[[], AbstractContextManager[list[Call]]],
+    function: Callable[..., Any],
+    arrays: Sequence[mx.array],
+) -> tuple[Graph, Regions]:
     told: list[dict[str, Any]] = []
     calls: list[Call] = []
+    watched: list[Call] = []
 
     def traced(seed: mx.array, *inputs: mx.array) -> list[mx.array]:
-        with recorded(seed) as recorder:
+        with recorded(seed) as recorder, watching() as seen:
             outputs = _arrays(function(*inputs))
         calls.extend(recorder.calls)
+        watched.extend(seen)
         # What is returned gets a name: first what recorded calls read and made, in their order.
-        return [*(a for call in calls for a in (*call.inputs, *call.outputs)), *outputs]
+        return [*(a for c in (*calls, *watched) for a in (*c.inputs, *c.outputs)), *outputs]
 
     mx.export_function(told.append, traced, mx.array(0, mx.int64), *arrays)
-    return _Reader(told).graph(calls)
+    return _Reader(told).graph(calls, watched)
 
 
 def _arrays(result: Any) -> list[mx.array]:
@@ -159,21 +214,28 @@ class _Reader:
             self.values[name] = Value(tuple(shape), dtype, name)
         return self.values[name]
 
-    def graph(self, calls: Iterable[Call]) -> Graph:
+    def graph(self, calls: Iterable[Call], watched: Iterable[Call]) -> tuple[Graph, Regions]:
         """Return the graph, with a node in place of each recorded call's marker."""
         named = iter(self.outputs)
         nodes = {value: node for node in self.nodes for value in node.outputs}
         order: list[Value] = []
         for call in calls:
-            inputs = tuple(next(named) for _ in call.inputs)
-            markers = tuple(next(named) for _ in call.outputs)
+            inputs, markers = _taken(named, call)
             node = Node(call.op, inputs, markers, call.arguments)
             nodes.update(dict.fromkeys(markers, node))
             order.extend((*inputs, *markers))
+        regions = [_taken(named, call) for call in watched]
         outputs = tuple(named)
         ordered = in_order(nodes, [*order, *outputs])
         graph = Graph(tuple(self.inputs[1:]), outputs, self.constants)
-        return graph.with_nodes(ordered)
+        return graph.with_nodes(ordered), regions
+
+
+def _taken(
+    named: Iterator[Value], call: Call
+) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+    inputs = tuple(next(named) for _ in call.inputs)
+    return inputs, tuple(next(named) for _ in call.outputs)
 
 
 def in_order(producers: dict[Value, Node], wanted: Iterable[Value]) -> list[Node]:

@@ -1,0 +1,198 @@
+"""`zmlx bench dispatches MODEL`: how many kernels a token launches, without launching any.
+
+A step of the model is traced: one token at the end of a context, as `mlx_lm.generate` decodes it
+greedily, from the token to the next token and its log-probabilities. Stock is what mlx-lm launches:
+every operation on its own, but for the functions that mlx-lm compiles. What has to be known of the
+weights are shapes and dtypes, so a model of any size takes little memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from zmlx.console import wide_console
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from zmlx.graph.nodes import Graph
+
+#: Length of the context of the step, in tokens.
+CONTEXT = 300
+#: Where the rewritten step of a model comes from.
+_PROGRAM = "zmlx.graph.program"
+
+#: variant ("stock", "patched") -> operation -> launches
+Counts = Mapping[str, Mapping[str, int]]
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """Put zeros that take no memory in place of a model's parameters, and return it.
+
+    What else its modules hold, such as the frequencies of a rotary embedding, is evaluated.
+    """
+    import mlx.core as mx  # noqa: PLC0415
+    from mlx.utils import tree_map  # noqa: PLC0415
+
+    def zeros(parameter: mx.array) -> mx.array:
+        return mx.broadcast_to(mx.zeros((), parameter.dtype), parameter.shape)
+
+    model.update(tree_map(zeros, model.parameters()))
+    held = [value for _, module in model.named_modules() for value in module.values()]
+    mx.eval([value for value in held if isinstance(value, mx.array)])
+    return model
+
+
+def stock_graph(model: nn.Module, context: int = CONTEXT) -> Graph:
+    """Return the graph of one decoded token, with what mlx-lm compiles joined.
+
+    Args:
+        model: a model of mlx-lm; it is not evaluated.
+        context: tokens before this one. At a multiple of 256 the caches grow.
+
+    Raises:
+        TraceError: the step cannot be traced.
+    """
+    import mlx.core as mx  # noqa: PLC0415
+    from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
+
+    from zmlx.graph.compiled import fused, trace_compiled  # noqa: PLC0415
+    from zmlx.graph.step import Step  # noqa: PLC0415
+
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, context), mx.int32), cache=cache)
+    step = Step(model, cache)
+
+    def decoded(token: mx.array, *arrays: mx.array) -> list[mx.array]:
+        logits, *after = step(token[None], *arrays)
+        logits = logits[:, -1, :]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        return [mx.argmax(logprobs, axis=-1), logprobs.squeeze(0), *after]
+
+    graph, regions = trace_compiled(decoded, mx.array([0], mx.int32), *step.arrays)
+    return fused(graph, regions)
+
+
+def patched_graph(model: nn.Module) -> Graph | None:
+    """Return the rewritten graph of one decoded token; None where there is no rewriting."""
+    if find_spec(_PROGRAM) is None:
+        return None
+    from zmlx.graph.compiled import fused  # noqa: PLC0415
+
+    return fused(import_module(_PROGRAM).decode_graph(model))
+
+
+def count(model: nn.Module, backends: Iterable[str], context: int = CONTEXT) -> dict[str, Counts]:
+    """Return the kernels per token: backend -> variant -> operation -> launches.
+
+    Raises:
+        TraceError: the step cannot be traced.
+        ValueError: kernels of a backend cannot be counted.
+    """
+    from zmlx.graph.dispatches import dispatches  # noqa: PLC0415
+
+    graphs = {"stock": stock_graph(model, context), "patched": patched_graph(model)}
+    return {
+        backend: {name: dispatches(graph, backend) for name, graph in graphs.items() if graph}
+        for backend in backends
+    }
+
+
+def _table(title: str, counted: Mapping[str, Counts]) -> Table:
+    result = Table(title=title, title_justify="left", show_footer=True)
+    columns = [(backend, variant) for backend, counts in counted.items() for variant in counts]
+    result.add_column("operation", footer="kernels per token", no_wrap=True)
+    for backend, variant in columns:
+        total = sum(counted[backend][variant].values())
+        result.add_column(f"{backend}, {variant}", justify="right", footer=f"{total:,}")
+    most: dict[str, int] = {}
+    for backend, variant in columns:
+        for op, launches in counted[backend][variant].items():
+            most[op] = max(most.get(op, 0), launches)
+    for op in sorted(most, key=lambda name: (-most[name], name)):
+        cells = [counted[backend][variant].get(op, 0) for backend, variant in columns]
+        result.add_row(op, *(f"{cell:,}" if cell else "" for cell in cells))
+    return result
+
+
+def _model(folder: str | None, shape: str | None) -> nn.Module:
+    if (folder is None) == (shape is None):
+        raise click.UsageError("give a model's folder or --shape, one of them")
+    if shape is not None:
+        from zmlx.bench.shapes import unfilled_model  # noqa: PLC0415
+
+        try:
+            return hollow(unfilled_model(shape))
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+    from zmlx.bench.loading import LoadError, load_checkpoint  # noqa: PLC0415
+
+    try:
+        return hollow(load_checkpoint(str(folder), lazy=True)[0])
+    except LoadError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.command(name="dispatches")
+@click.argument("model", required=False)
+@click.option("--shape", help="A published shape instead of a model.")
+@click.option(
+    "--backend",
+    type=click.Choice(["metal", "cuda", "both"]),
+    default="both",
+    show_default=True,
+    help="Whose kernels are counted.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=CONTEXT,
+    show_default=True,
+    help="Tokens before the one that is decoded.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    model: str | None, shape: str | None, backend: str, context: int, as_json: bool
+) -> None:
+    """Count the kernels that a token of MODEL launches, stock and patched.
+
+    MODEL is a checkpoint's folder. Nothing of it is computed, so no GPU is needed and a model of
+    any size fits. The step is traced on this machine: where mlx-lm has a Metal kernel of its own
+    (gated delta rules, state spaces), the operations in its place are counted elsewhere.
+    """
+    from zmlx.graph.trace import TraceError  # noqa: PLC0415
+
+    loaded = _model(model, shape)
+    backends = ("metal", "cuda") if backend == "both" else (backend,)
+    name = shape or str(model)
+    try:
+        counted = count(loaded, backends, context)
+    except TraceError as error:
+        raise click.ClickException(f"{name}: {error}") from error
+    if as_json:
+        print(json.dumps(_report(name, context, counted), indent=2))
+        return
+    title = f"{name}: kernels of one token after {context}"
+    wide_console().print(_table(title, counted))
+
+
+def _report(name: str, context: int, counted: Mapping[str, Counts]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "context": context,
+        "kernels": {
+            backend: {
+                variant: {"total": sum(by_op.values()), "by_operation": dict(by_op)}
+                for variant, by_op in counts.items()
+            }
+            for backend, counts in counted.items()
+        },
+    }

@@ -1,0 +1,182 @@
+"""What `mx.compile` makes of a graph: elementwise operations fused into one.
+
+mlx-lm compiles some functions (activations, routers); a trace inlines them. `trace_compiled` tells
+which parts of a graph they are, and `fused` joins in these parts, or in a whole graph, what MLX
+joins. The result is for counting kernels; it cannot be run.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from zmlx.graph.nodes import Graph, Node, Value
+from zmlx.graph.recording import Call, kept
+from zmlx.graph.trace import in_order, trace_with
+
+#: What MLX 0.32.4 fuses: operations on one element each, and broadcasts that lead to them.
+_FUSABLE = frozenset(
+    """Abs Add ArcCos ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary BitwiseInvert
+    Broadcast Ceil Conjugate Cos Cosh Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual
+    Imag Less LessEqual Log Log1p LogAddExp LogicalAnd LogicalNot LogicalOr Maximum Minimum Multiply
+    Negative NotEqual Power Real Remainder Round Select Sigmoid Sign Sin Sinh Sqrt Square Subtract
+    Tan Tanh""".split()
+)
+#: How deep a fused operation may be, and how many arrays it may read.
+_DEPTH = 11
+_ARRAYS = 24
+
+
+def trace_compiled(
+    function: Callable[..., Any], *arrays: mx.array
+) -> tuple[Graph, list[tuple[tuple[Value, ...], tuple[Value, ...]]]]:
+    """Trace a function, and return what the compiled functions in it read and return.
+
+    Only the outermost of compiled functions that call each other counts, as for MLX.
+
+    Raises:
+        TraceError: as for `trace`.
+    """
+    return trace_with(_watched, function, *arrays)
+
+
+def fused(
+    graph: Graph, regions: Iterable[tuple[Sequence[Value], Sequence[Value]]] | None = None
+) -> Graph:
+    """Return a graph with nodes "Compiled" in place of what MLX fuses.
+
+    The first argument of such a node are the names of what was fused.
+
+    Args:
+        graph: as traced.
+        regions: what each compiled function reads and returns; by default the graph is one.
+    """
+    if regions is None:
+        regions = [(graph.inputs, graph.outputs)]
+    producers = dict(graph.producers)
+    for inputs, outputs in regions:
+        producers.update(_joined(graph, inputs, outputs))
+    return graph.with_nodes(in_order(producers, graph.outputs))
+
+
+def _joined(graph: Graph, inputs: Sequence[Value], outputs: Sequence[Value]) -> dict[Value, Node]:
+    """Return the fused nodes of a compiled function, by the values that they make."""
+    held = {value: node for value, node in graph.producers.items() if value not in set(inputs)}
+    tape = in_order(held, outputs)
+    made = {value: node for node in tape for value in node.outputs}
+    readers: dict[Value, list[Node]] = {}
+    for node in tape:
+        for value in node.inputs:
+            readers.setdefault(value, []).append(node)
+    taken: set[Node] = set()
+    found: dict[Value, Node] = {}
+    for root in reversed(tape):
+        if root in taken or root.op not in _FUSABLE or root.op == "Broadcast":
+            continue
+        inner = _reached(root, made, readers, set(outputs))
+        if len(inner) == 1:
+            continue
+        fresh = _node(root, inner, made, set(outputs))
+        # A broadcast that others read, too, is copied into what reads it.
+        shared = {n for n in inner if n.op == "Broadcast" and set(readers[n.outputs[0]]) - inner}
+        taken.update(inner - shared)
+        found.update(dict.fromkeys(fresh.outputs, fresh))
+    return found
+
+
+def _reached(
+    root: Node,
+    made: dict[Value, Node],
+    readers: dict[Value, list[Node]],
+    outputs: set[Value],
+) -> set[Node]:
+    """Return the nodes that are fused with the one whose value is wanted."""
+    inner: set[Node] = set()
+    read: set[Value] = set()
+
+    def visit(value: Value, depth: int) -> None:
+        node = made.get(value)
+        if node in inner:
+            return
+        if (
+            node is None
+            or depth >= _DEPTH
+            or node.op not in _FUSABLE
+            or (value in outputs and value.shape != root.outputs[0].shape)
+        ):
+            read.add(value)
+            return
+        inside = depth == 0 or all(reader in inner for reader in readers.get(value, ()))
+        if not inside and (node.op != "Broadcast" or len(read) >= _ARRAYS):
+            read.add(value)
+            return
+        if value in outputs:
+            read.add(value)
+        else:
+            read.discard(value)
+        if len(read) >= _ARRAYS:
+            return
+        inner.add(node)
+        for below in node.inputs:
+            visit(below, depth + 1)
+
+    visit(root.outputs[0], 0)
+    return inner or {root}
+
+
+def _node(root: Node, inner: set[Node], made: dict[Value, Node], outputs: set[Value]) -> Node:
+    ordered = in_order({v: n for v, n in made.items() if n in inner}, root.outputs)
+    own = {value for node in ordered for value in node.outputs}
+    read = dict.fromkeys(value for node in ordered for value in node.inputs if value not in own)
+    returned = [v for node in ordered for v in node.outputs if v in outputs or node is root]
+    return Node("Compiled", tuple(read), tuple(returned), (tuple(n.op for n in ordered),))
+
+
+@contextmanager
+def _watched() -> Iterator[list[Call]]:
+    """Collect the calls of compiled functions that this thread makes while it traces.
+
+    MLX calls such a function as it is when it traces. So a profile function sees the calls: of the
+    code objects that belong to what `mx.compile` returned, wherever it is kept.
+    """
+    codes = _compiled_codes()
+    calls: list[Call] = []
+    open_frames: list[tuple[FrameType, tuple[mx.array, ...]]] = []
+
+    def profile(frame: FrameType, event: str, result: Any) -> None:
+        if event == "call" and not open_frames and frame.f_code in codes:
+            open_frames.append((frame, kept(_arrays(frame.f_locals))))
+        elif event == "return" and open_frames and open_frames[0][0] is frame:
+            _, read = open_frames.pop()
+            calls.append(Call("", read, kept(_arrays(result)), ()))
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(before)
+
+
+def _arrays(value: Any) -> tuple[mx.array, ...]:
+    return tuple(leaf for _, leaf in tree_flatten(value) if isinstance(leaf, mx.array))
+
+
+def _compiled_codes() -> set[CodeType]:
+    """Return the code of every Python function that is compiled now, in the whole process."""
+    wrapper = type(mx.compile(_arrays))
+    codes: set[CodeType] = set()
+    for candidate in gc.get_objects():
+        if type(candidate) is wrapper:
+            # What gradients and checkpoints return has the same type; mlx-lm's steps have none.
+            codes.update(
+                inner.__code__ for inner in gc.get_referents(candidate) if hasattr(inner, "__code__")
+            )
+    return codes
