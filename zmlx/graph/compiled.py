@@ -177,6 +177,8 @@ def _compiled_codes() -> set[CodeType]:
         if type(candidate) is wrapper:
             # What gradients and checkpoints return has the same type; mlx-lm's steps have none.
             codes.update(
-                inner.__code__ for inner in gc.get_referents(candidate) if hasattr(inner, "__code__")
+                inner.__code__
+                for inner in gc.get_referents(candidate)
+                if hasattr(inner, "__code__")
             )
     return codes

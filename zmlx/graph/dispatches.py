@@ -174,9 +174,7 @@ _VIEWS: dict[str, Callable[[_Call], Counted]] = {
     "ExpandDims": _unary_view(lambda call, at: layout.expanded(at, *call.node.arguments)),
     "Flatten": _reshape,
     "Reshape": _reshape,
-    "Slice": _unary_view(
-        lambda call, at: layout.sliced(at, call.shape, call.node.arguments[2])
-    ),
+    "Slice": _unary_view(lambda call, at: layout.sliced(at, call.shape, call.node.arguments[2])),
     "Split": lambda call: (0, [layout.split(call.at[0], v.shape) for v in call.node.outputs]),
     "Squeeze": _unary_view(lambda call, at: layout.squeezed(at, *call.node.arguments)),
     "StopGradient": _unary_view(lambda _, at: at),
@@ -328,7 +326,11 @@ def _rope(call: _Call) -> Counted:
     if partial:
         return 1 + (not (at.rows and taken)), call.new()
     *_, heads, length, width = (1, *at.shape)
-    in_turn = len(at.shape) == 4 and at.strides[:3] == (length * heads * width, width, heads * width)
+    in_turn = len(at.shape) == 4 and at.strides[:3] == (
+        length * heads * width,
+        width,
+        heads * width,
+    )
     batch = [n for n in at.shape[:-3] if n != 1]
     return 1 + (not (at.rows or not batch or in_turn)), call.new()
 

@@ -17,12 +17,12 @@ from itertools import chain as chained
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from zmlx.graph.lending import Chain, LentKVCache, buffers, capacity, is_lent, lend
+from zmlx.graph.lending import Kind, advance, buffers, is_lent, kind_of, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import emit
-from zmlx.graph.rewrite.attention import fuse_attention
+from zmlx.graph.rewrite.attention import Place, fuse_attention
 from zmlx.graph.rewrite.experts import fuse_experts
 from zmlx.graph.rewrite.products import fuse_products
 from zmlx.graph.same import difference
@@ -36,74 +36,109 @@ class ProgramRefused(Exception):
     """A model's step cannot be made a program; the text says why."""
 
 
+#: Positions at which a step is traced: one near the start, one further than any context.
+_NEAR, _FAR = 257, 1_000_003
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the caches of a model are, in their order.
 
     Attributes:
-        kinds: KVCache or ArraysCache for each.
-        parts: how many arrays each of them holds.
+        kinds: the kind of each that has keys and values; None for one of other arrays.
+        forms: shapes and dtypes of the arrays of each; of keys and values for any capacity.
     """
 
-    kinds: tuple[type, ...]
-    parts: tuple[int, ...]
+    kinds: tuple[Kind | None, ...]
+    forms: tuple[tuple[tuple[tuple[int, ...], mx.Dtype], ...], ...]
 
     @classmethod
     def of(cls, caches: Sequence[Any]) -> Layout:
         """Return the layout of some caches.
 
         Raises:
-            ProgramRefused: one is of another kind, is empty, or is not as long as the others.
+            ProgramRefused: one is of another class, is empty, or is not as long as the others.
         """
-        kinds: list[type] = []
-        parts: list[int] = []
-        lengths = set()
+        kinds, forms, lengths = [], [], set()
         for cache in caches:
-            if is_lent(cache) or type(cache) is KVCache:
-                lengths.add(cache.offset)
-                kinds.append(KVCache)
-                parts.append(2)
-            elif type(cache) is ArraysCache and cache.left_padding is None and _full(cache):
-                kinds.append(ArraysCache)
-                parts.append(len(cache.cache))
-            else:
+            kind = kind_of(cache)
+            if kind is None and not _is_plain(cache):
                 raise ProgramRefused(f"a cache of class {type(cache).__name__}")
-        if len(lengths) != 1 or lengths == {0}:
-            raise ProgramRefused(f"caches of lengths {sorted(lengths)}")
-        return cls(tuple(kinds), tuple(parts))
+            if kind is not None:
+                lengths.add((kind, cache.offset, place(cache)))
+            kinds.append(kind)
+            held = _arrays(cache)
+            if any(array is None for array in held):
+                raise ProgramRefused("an empty cache")
+            forms.append(tuple(_form(array, kind) for array in held))
+        if len({kind for kind, *_ in lengths}) != len(lengths) or not lengths:
+            raise ProgramRefused("caches of different lengths, or none with keys and values")
+        if len({offset for _, offset, _ in lengths}) != 1:
+            raise ProgramRefused("caches of different lengths")
+        return cls(tuple(kinds), tuple(forms))
 
-    def copies(self, position: int, arrays: Sequence[mx.array]) -> list[Any]:
+    def inputs(self, position: int) -> list[mx.array]:
+        """Return arrays of this layout, not computed, with room for a token at a position."""
+        made = []
+        for kind, forms in zip(self.kinds, self.forms, strict=True):
+            for shape, dtype in forms:
+                if kind is not None:
+                    room = _capacity(kind, position)
+                    shape = (*shape[:2], room, shape[3])
+                made.append(mx.zeros(shape, dtype))
+        return made
+
+    def caches(self, position: int, arrays: Sequence[mx.array]) -> list[Any]:
         """Return caches of this layout that hold some arrays."""
         given = iter(arrays)
         made: list[Any] = []
-        for kind, count in zip(self.kinds, self.parts, strict=True):
-            held = [next(given) for _ in range(count)]
-            if kind is KVCache:
-                cache = KVCache()
+        for kind, forms in zip(self.kinds, self.forms, strict=True):
+            held = [next(given) for _ in forms]
+            if kind is None:
+                cache = ArraysCache(len(held))
+                cache.cache = held
+            else:
+                ordinary, most, keep = kind
+                cache = ordinary(most, keep) if ordinary is RotatingKVCache else ordinary()
                 cache.keys, cache.values = held
                 cache.offset = position
-            else:
-                cache = ArraysCache(count)
-                cache.cache = held
+                if ordinary is RotatingKVCache:
+                    # Any row does that is not the position.
+                    cache._idx = position if position < most else (keep + most) // 2
             made.append(cache)
         return made
 
+    def positions(self) -> list[int]:
+        """Return positions that see every way in which a model uses these caches."""
+        windows = [most for _, most, _ in filter(None, self.kinds) if most]
+        near = min([_NEAR, *(most - 3 for most in windows)])
+        return [near, near + 1, _FAR]
 
-def _full(cache: ArraysCache) -> bool:
-    return cache.lengths is None and all(isinstance(part, mx.array) for part in cache.cache)
+
+def _capacity(kind: Kind, position: int) -> int:
+    _, most, _ = kind
+    return min(most, position + 3) if most else position + 3
+
+
+def _is_plain(cache: Any) -> bool:
+    return type(cache) is ArraysCache and cache.lengths is None and cache.left_padding is None
+
+
+def _arrays(cache: Any) -> Sequence[mx.array | None]:
+    """Return what a cache holds; buffers of one that is lent stay lent."""
+    if is_lent(cache):
+        return buffers(cache)
+    return cache.cache if kind_of(cache) is None else (cache.keys, cache.values)
+
+
+def _form(array: mx.array, kind: Kind | None) -> tuple[tuple[int, ...], mx.Dtype]:
+    shape = array.shape
+    return (shape if kind is None else (*shape[:2], 0, *shape[3:])), array.dtype
 
 
 def held_arrays(caches: Sequence[Any]) -> list[mx.array]:
     """Return the arrays of caches in their order; buffers of those that are lent stay lent."""
-    parts = (
-        buffers(cache)
-        if is_lent(cache)
-        else (cache.keys, cache.values)
-        if type(cache) is KVCache
-        else cache.cache
-        for cache in caches
-    )
-    return list(chained.from_iterable(parts))
+    return list(chained.from_iterable(_arrays(cache) for cache in caches))
 
 
 @dataclass(frozen=True)
@@ -111,67 +146,62 @@ class Traced:
     """A step's graph for every position.
 
     Attributes:
-        graph: inputs are tokens, the caches' arrays, `state` and `after`; outputs are the hidden
-            states and the arrays that became others.
-        kept: for each of the caches' arrays whether it is written in place.
+        graph: inputs are tokens, the caches' arrays, a state for each kind of cache and `after`;
+            outputs are what the forward returns and the arrays of caches that became others.
+        kinds: the kinds, in the order of their states.
     """
 
     graph: Graph
-    kept: tuple[bool, ...]
+    kinds: tuple[Kind, ...]
 
 
-def traced_step(forward: Forward, layout: Layout, arrays: Sequence[mx.array]) -> Traced:
+def traced_step(forward: Forward, layout: Layout) -> Traced:
     """Trace and rewrite a step of one token.
 
     Args:
         forward: the model's forward, unpatched.
         layout: its caches.
-        arrays: what they hold; only shapes and dtypes matter.
 
     Raises:
         ProgramRefused: more than caches and rotations depends on the position.
         TraceError: it cannot be traced.
     """
-    # Any position does that leaves room in the buffers, and is not another number of the model's.
-    room = min(array.shape[2] for array in _buffers_of(layout, arrays))
-    positions = (room - 3, room - 2)
-    one, other = (_at(forward, layout, arrays, position) for position in positions)
-    unlike = difference(one.graph, other.graph)
-    if unlike is not None:
-        raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
-    return Traced(fuse_products(fuse_experts(one.graph)), one.kept)
+    first, *others = (_at(forward, layout, position) for position in layout.positions())
+    for other in others:
+        unlike = difference(first.graph, other.graph)
+        if unlike is not None:
+            raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
+    return Traced(fuse_products(fuse_experts(first.graph)), first.kinds)
 
 
-def _buffers_of(layout: Layout, arrays: Sequence[mx.array]) -> list[mx.array]:
-    given = iter(arrays)
-    held = [[next(given) for _ in range(count)] for count in layout.parts]
-    return [
-        array
-        for kind, parts in zip(layout.kinds, held, strict=True)
-        if kind is KVCache
-        for array in parts
-    ]
-
-
-def _at(forward: Forward, layout: Layout, arrays: Sequence[mx.array], position: int) -> Traced:
+def _at(forward: Forward, layout: Layout, position: int) -> Traced:
     def step(tokens: mx.array, *given: mx.array) -> list[mx.array]:
-        caches = layout.copies(position, given)
-        hidden = forward(tokens, caches)
-        return [hidden, *held_arrays(caches)]
+        caches = layout.caches(position, given)
+        return [forward(tokens, caches), *held_arrays(caches)]
 
-    graph = trace(step, mx.zeros((1, 1), mx.int32), *arrays)
-    state, after = Value((3,), mx.int32, "state"), Value(graph.outputs[0].shape, mx.float32)
-    after = Value(graph.outputs[0].shape, graph.outputs[0].dtype, "after")
-    fused = fuse_attention(graph, position, state, after)
-    kept = tuple(value in fused.written for value in graph.inputs[1:])
-    wanted = [
-        value
-        for kind, count in zip(layout.kinds, layout.parts, strict=True)
-        for value in [kind is KVCache] * count
-    ]
-    if any(is_buffer and not inside for is_buffer, inside in zip(wanted, kept, strict=True)):
+    graph = trace(step, mx.zeros((1, 1), mx.int32), *layout.inputs(position))
+    hidden = graph.outputs[0]
+    places = _places(graph, layout, position)
+    fused = fuse_attention(graph, position, places, Value(hidden.shape, hidden.dtype, "after"))
+    if len(fused.written) != len(places):
         raise ProgramRefused("a cache is read by more than the attention of its layer")
-    return Traced(fused.graph, kept)
+    return Traced(fused.graph, tuple(dict.fromkeys(filter(None, layout.kinds))))
+
+
+def _places(graph: Graph, layout: Layout, position: int) -> dict[Value, Place]:
+    """Return where the token is written in each buffer."""
+    states: dict[Kind, Value] = {}
+    places = {}
+    values = iter(graph.inputs[1:])
+    for cache, kind in zip(
+        layout.caches(position, layout.inputs(position)), layout.kinds, strict=True
+    ):
+        held = [next(values) for _ in _arrays(cache)]
+        if kind is not None:
+            state = states.setdefault(kind, Value((3,), mx.int32, "state"))
+            length = min(position + 1, kind[1]) if kind[1] else position + 1
+            places.update((value, Place(place(cache), length, state)) for value in held)
+    return places
 
 
 class DecodeProgram:
@@ -197,32 +227,22 @@ class DecodeProgram:
         Returns:
             What the model's forward returns.
         """
-        lent = [cache for cache in caches if isinstance(cache, KVCache)]
+        lent = [cache for cache in caches if kind_of(cache) is not None]
         chain = lend(lent)
-        position = lent[0].offset
-        state, after = _begin(chain, position, self.traced.graph)
-        hidden, following, *rest = self._replay(tokens, *held_arrays(caches), state, after)
-        chain.after, chain.state, chain.position = hidden, following, position + 1
-        self._put(caches, rest)
-        return hidden  # type: ignore[no-any-return]
-
-    def _put(self, caches: Sequence[Any], arrays: Sequence[mx.array]) -> None:
-        given = iter(arrays)
+        if chain.after is None:
+            first = self.traced.graph.inputs[-1]
+            chain.after = mx.zeros(first.shape, first.dtype)
+        by_kind = {kind_of(cache): cache for cache in lent}
+        states = [chain.state(by_kind[kind]) for kind in self.traced.kinds]
+        hidden, *rest = self._replay(tokens, *held_arrays(caches), *states, chain.after)
+        chain.after = hidden
+        given = iter(rest)
         for cache in caches:
             if is_lent(cache):
-                cache.offset += 1
+                advance(cache)
             else:
                 cache.cache = [next(given) for _ in cache.cache]
-
-
-def _begin(chain: Chain, position: int, graph: Graph) -> tuple[mx.array, mx.array]:
-    """Return `state` and `after` for a step; a device array where the last step left one."""
-    if chain.state is None or chain.position != position:
-        chain.state = mx.array([position, position + 1, position], mx.int32)
-    if chain.after is None:
-        hidden = graph.inputs[-1]
-        chain.after = mx.zeros(hidden.shape, hidden.dtype)
-    return chain.state, chain.after
+        return hidden  # type: ignore[no-any-return]
 
 
 def _run(graph: Graph, *arrays: mx.array) -> list[mx.array]:
@@ -231,6 +251,4 @@ def _run(graph: Graph, *arrays: mx.array) -> list[mx.array]:
     held.update(zip(graph.inputs, arrays, strict=True))
     for node in graph.nodes:
         held.update(zip(node.outputs, emit(node, [held[v] for v in node.inputs]), strict=True))
-    hidden, *rest = (held[value] for value in graph.outputs)
-    state = arrays[-2]
-    return [hidden, state + 1, *rest]
+    return [held[value] for value in graph.outputs]

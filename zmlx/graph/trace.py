@@ -231,9 +231,7 @@ class _Reader:
         return graph.with_nodes(ordered), regions
 
 
-def _taken(
-    named: Iterator[Value], call: Call
-) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+def _taken(named: Iterator[Value], call: Call) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
     inputs = tuple(next(named) for _ in call.inputs)
     return inputs, tuple(next(named) for _ in call.outputs)
 

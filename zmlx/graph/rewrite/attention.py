@@ -48,7 +48,7 @@ class Fused:
     """A graph whose attention is fused.
 
     Attributes:
-        graph: the graph; `state` is among its inputs, and `after` if anything reads it.
+        graph: the graph; the states and `after` are its last inputs.
         written: the inputs that it writes to -> what they became in the traced graph.
     """
 
@@ -56,23 +56,41 @@ class Fused:
     written: Mapping[Value, Value]
 
 
-def fuse_attention(graph: Graph, position: int, state: Value, after: Value) -> Fused:
+@dataclass(frozen=True)
+class Place:
+    """Where the new token is written in a buffer.
+
+    Attributes:
+        write: its row.
+        length: rows that hold tokens, then.
+        state: int32 (3,), what `decode_attention` takes in their place.
+    """
+
+    write: int
+    length: int
+    state: Value
+
+
+def fuse_attention(
+    graph: Graph, position: int, places: Mapping[Value, Place], after: Value
+) -> Fused:
     """Return the graph with fused attention.
 
     Args:
         graph: a step of one token of one sequence, traced at a position.
-        position: how many tokens the caches held.
-        state: int32 (3,), what `decode_attention` takes.
+        position: how many tokens there were before.
+        places: input that is a buffer of keys or values -> where the token is written in it.
         after: an array on which the step before depends; the first attention waits for it.
     """
-    finder = _Finder(graph, position)
+    finder = _Finder(graph, position, places)
+    states = list(dict.fromkeys(place.state for place in places.values()))
     nodes: list[Node] = []
     written: dict[Value, Value] = {}
     later: set[Value] = set()
     for node in graph.nodes:
         waits = not later.intersection(node.inputs)
         if node.op == "ScaledDotProductAttention":
-            found = finder.fused(node, state, after if waits else None)
+            found = finder.fused(node, after if waits else None)
             if found is not None:
                 fused, writes = found
                 nodes.append(fused)
@@ -80,9 +98,9 @@ def fuse_attention(graph: Graph, position: int, state: Value, after: Value) -> F
                 later.update(node.outputs)
         if not waits:
             later.update(node.outputs)
-    nodes += finder.rotations(state)
+    nodes += finder.rotations(states[0])
     outputs = tuple(value for value in graph.outputs if value not in written.values())
-    inputs = (*graph.inputs, state, after)
+    inputs = (*graph.inputs, *states, after)
     base = Graph(inputs, outputs, graph.constants, graph.nodes)
     return Fused(taken_over(base, nodes), written)
 
@@ -90,20 +108,20 @@ def fuse_attention(graph: Graph, position: int, state: Value, after: Value) -> F
 class _Finder:
     """Finds what attention reads, in a graph traced at a position."""
 
-    def __init__(self, graph: Graph, position: int) -> None:
+    def __init__(self, graph: Graph, position: int, places: Mapping[Value, Place]) -> None:
         self.graph = graph
         self.position = position
+        self.places = places
 
-    def fused(
-        self, node: Node, state: Value, after: Value | None
-    ) -> tuple[Node, tuple[_Write, _Write]] | None:
+    def fused(self, node: Node, after: Value | None) -> tuple[Node, tuple[_Write, _Write]] | None:
         """Return the fused node for an attention, and what it writes; None if it stays as it is."""
         arguments: Attention = node.arguments  # type: ignore[assignment]
         q, k, v, *rest = node.inputs
         keys, values = self.write(k), self.write(v)
         if keys is None or values is None or arguments.has_mask or q.shape[0] != 1:
             return None
-        if q.shape[2] != 1 or keys.buffer is values.buffer:
+        state = self.places[keys.buffer].state
+        if q.shape[2] != 1 or self.places[values.buffer].state is not state:
             return None
         query, key = self.heads(q, keys.new)
         extra = [query.norm, key.norm, query.freqs, *rest, after]
@@ -124,27 +142,27 @@ class _Finder:
         return Node("FusedDecodeAttention", inputs, node.outputs, (operation,)), (keys, values)
 
     def write(self, value: Value) -> _Write | None:
-        """Return the update whose first `position + 1` rows a value is, if it is that."""
+        """Return the update of a buffer whose tokens a value is, if it is that."""
         node = self.graph.producers.get(value)
-        last = self.position + 1
+        length = value.shape[2]
         if node is not None and node.op == "Slice":
             start, stop, strides = node.arguments
             source = node.inputs[0]
-            whole = (*source.shape[:2], last, *source.shape[3:])
+            whole = (*source.shape[:2], length, *source.shape[3:])
             if any(start) or tuple(stop) != whole or any(step != 1 for step in strides):
                 return None
             value, node = source, self.graph.producers.get(source)
-        elif value.shape[2] != last:
-            return None
-        if node is None or node.op != "SliceUpdate" or node.inputs[0] not in self.graph.inputs:
+        if node is None or node.op != "SliceUpdate":
             return None
         kind, start, stop, strides = node.arguments
         buffer, new = node.inputs
-        row = (*buffer.shape[:2], last, *buffer.shape[3:])
-        plain = kind == 4 and all(step == 1 for step in strides)
-        if not plain or tuple(start) != (0, 0, self.position, 0) or tuple(stop) != row:
+        place = self.places.get(buffer)
+        if place is None or place.length != length or new.ndim != 4:
             return None
-        return _Write(buffer, new, value) if new.ndim == 4 else None
+        end = (*buffer.shape[:2], place.write + 1, *buffer.shape[3:])
+        plain = kind == 4 and all(step == 1 for step in strides)
+        here = tuple(start) == (0, 0, place.write, 0) and tuple(stop) == end
+        return _Write(buffer, new, value) if plain and here else None
 
     def heads(self, q: Value, k: Value) -> tuple[_Head, _Head]:
         """Return what a fused kernel does to queries and keys: the same to both, or nothing."""
