@@ -323,7 +323,8 @@ class Bench:
         return cache_bytes(cache)
 
     def _recorded(self, work: Decode, variant: str) -> KernelTimes:
-        tokens = generated(self.models[variant], work.prompt, 2 * _WATCHED)
+        # Two tokens before, and `record` takes the rest twice.
+        tokens = generated(self.models[variant], work.prompt, 3 + 2 * _WATCHED)
         next(tokens)
         next(tokens)
 

@@ -6,8 +6,10 @@ what it has compiled, with one copy of the weights.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 
@@ -28,6 +30,8 @@ def twin(model: nn.Module) -> nn.Module:
                 for name, part in value.items():
                     dict.__setitem__(new, name, copied(part))
             return made[id(value)]
+        if isinstance(value, mx.array):
+            return copy(value)  # the same memory behind an object of its own
         if isinstance(value, dict):
             return {name: copied(part) for name, part in value.items()}
         if isinstance(value, list | tuple):
