@@ -111,8 +111,7 @@ def model(
         print(json.dumps(to_json(result, session.kernels), indent=1))
     else:
         show(result)
-        for table in session.kernel_tables(most):
-            wide_console().print(table)
+        session.show_kernels(most)
     for failure in session.failures:
         print(f"zmlx bench model: {failure}", file=sys.stderr)
     sys.exit(1 if session.failures else 0)
@@ -143,6 +142,7 @@ class Session:
         self.notes: list[str] = []
         self.failures: list[str] = []
         self.kernels: dict[str, _Kernels] = {}
+        self.bench: Bench | None = None
         self.console = Console(stderr=True, highlight=False)
 
     def run(self) -> None:
@@ -165,14 +165,12 @@ class Session:
 
             bandwidth = read_bandwidth()
             self.runs.append(Run(DEVICE, STOCK, 0, {"bandwidth": bandwidth / 1e9}))
-            bench: Bench | None = None
             for number, source in enumerate(self.sources):
-                bench = None  # the last one's weights go before the next one's come
-                bench = self._made(source, bandwidth, on_call)
-                self._measure(bench)
+                self._measure(self._made(source, bandwidth, on_call))
                 progress.update(task, completed=self.settings.calls * (number + 1))
-            if self.record and bench is not None:
-                self._record(bench, bandwidth, on_call)
+            if self.record:
+                self._record(bandwidth, on_call)
+            self.bench = None
 
     def capsule(self) -> Capsule:
         """Return all that was measured so far."""
@@ -186,8 +184,8 @@ class Session:
             title, self.runs, QUANTITIES, plans=self.plans, notes=(*notes, *self.failures)
         )
 
-    def kernel_tables(self, most: int) -> Iterator[Table]:
-        """Yield a table for each model, workload and variant whose kernels were recorded.
+    def show_kernels(self, most: int) -> None:
+        """Print a table for each model, workload and variant whose kernels were recorded.
 
         Args:
             most: rows of a table; 0 for no tables.
@@ -195,14 +193,19 @@ class Session:
         for name, found in self.kernels.items() if most else ():
             for label, variants in found.items():
                 for variant, times in variants.items():
-                    yield kernel_table(f"{name}, {label}, {variant}", times, most)
+                    show_kernels(f"{name}, {label}, {variant}", times, most)
 
     def _made(self, source: Source, bandwidth: float, on_call: Callable[[str], None]) -> Bench:
+        """Make a model, after the weights of the one before have gone."""
+        self.bench = None
         gc.collect()
         mx.clear_cache()
         self._say(f"{source.name}: making the model")
         network, vocabulary = source.make()
-        return Bench(source.name, network, vocabulary, self.settings, bandwidth, on_call, self._say)
+        self.bench = Bench(
+            source.name, network, vocabulary, self.settings, bandwidth, on_call, self._say
+        )
+        return self.bench
 
     def _measure(self, bench: Bench) -> None:
         found = bench.measure()
@@ -210,10 +213,10 @@ class Session:
         self._take(bench)
         self._write()
 
-    def _record(self, last: Bench, bandwidth: float, on_call: Callable[[str], None]) -> None:
+    def _record(self, bandwidth: float, on_call: Callable[[str], None]) -> None:
         """Record kernels, the last model's first because it is there."""
-        bench: Bench | None = last
         for source in reversed(self.sources):
+            bench = self.bench
             if bench is None:
                 bench = self._made(source, bandwidth, on_call)
                 bench.prepare()
@@ -222,7 +225,7 @@ class Session:
             if not found:
                 break  # there is no profiler here, for no model
             self.kernels[source.name] = found
-            bench = None
+            bench = self.bench = None
         self._write()
 
     def _take(self, bench: Bench) -> None:
@@ -270,10 +273,12 @@ def to_json(capsule: Capsule, kernels: dict[str, _Kernels]) -> dict[str, Any]:
     return {"results": results, "kernels": shown, "capsule": asdict(capsule)}
 
 
-def kernel_table(title: str, times: KernelTimes, most: int) -> Table:
-    """Return a table of the kernels that take longest for a token."""
+def show_kernels(title: str, times: KernelTimes, most: int) -> None:
+    """Print the kernels that take longest for a token to stdout."""
+    console = wide_console()
     total = f"{times.kernels:.0f} kernels, {times.microseconds:,.0f} us a token"
-    table = Table(title=Text(f"{title}: {total}"), title_justify="left")
+    console.print(f"{title}: {total}", markup=False, soft_wrap=True)
+    table = Table()
     for name in ("us a token", "a token", "us each"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("kernel", no_wrap=True, overflow="ellipsis")
@@ -281,7 +286,7 @@ def kernel_table(title: str, times: KernelTimes, most: int) -> Table:
         each = row.microseconds / row.count
         cells = (f"{row.microseconds:.1f}", f"{row.count:.1f}", f"{each:.2f}", row.name)
         table.add_row(*map(Text, cells))
-    return table
+    console.print(table)
 
 
 def _sources(models: Sequence[str], shapes: Sequence[str]) -> Iterator[Source]:
@@ -333,7 +338,9 @@ def free_bytes() -> int:
         return available_bytes()
     facts = mx.device_info()
     if where == "cuda":
-        return int(facts.get("free_memory", 0))
+        # What MLX has given back may stay in CUDA's pool, which counts as used.
+        mine = int(facts.get("total_memory", 0)) - mx.get_active_memory()
+        return max(int(facts.get("free_memory", 0)), mine)
     room = int(facts.get("max_recommended_working_set_size", 0))
     return max(1, room - mx.get_active_memory()) if room else 0
 
