@@ -23,7 +23,9 @@ def normal(*shape, dtype=mx.float32, seed=0, scale=1.0):
 
 
 def whole(*shape, dtype=mx.int32, seed=0, low=None, high=50):
-    low = (0 if dtype in (mx.uint8, mx.uint16, mx.uint32, mx.uint64) else -50) if low is None else low
+    low = (
+        (0 if dtype in (mx.uint8, mx.uint16, mx.uint32, mx.uint64) else -50) if low is None else low
+    )
     array = mx.random.randint(low, high, shape, key=mx.random.key(seed)).astype(dtype)
     mx.eval(array)
     return array
@@ -149,7 +151,9 @@ def test_truth_values_and_comparisons():
     holds(function, x, mx.concatenate([special(mx.float32), normal(9, seed=1)]))
 
 
-@pytest.mark.parametrize("given", (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8, mx.bool_), ids=str)
+@pytest.mark.parametrize(
+    "given", (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8, mx.bool_), ids=str
+)
 def test_casts(given):
     x = (mx.abs(normal(40, scale=40)) if given == mx.uint8 else normal(40, scale=40)).astype(given)
     wanted = (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.int64, mx.int16, mx.bool_)
@@ -276,7 +280,7 @@ def test_sorts_are_stable_and_nan_comes_last(dtype, shape):
             mx.argpartition(x, kth=-2, axis=-1)[..., -2:],
             mx.argsort(x, axis=0),
             mx.sort(x, axis=-1),
-            mx.partition(x, kth=1, axis=0),
+            mx.partition(x, kth=0, axis=0),
             mx.topk(x, 2, axis=-1),
         )
 
@@ -314,10 +318,9 @@ def test_lookups():
     holds(function, x, where, rows, table)
 
 
-def test_scatter_adds():
-    x, where = normal(3, 5), mx.array([[1, 2], [0, 4], [3, 1]])
-    holds(lambda x, where: x.at[mx.arange(3)[:, None], where].add(0) if False else mx.put_along_axis(
-        x, where, x[:, :2] * 2, axis=1), x, where)
+def test_updates_along_an_axis():
+    x, where = normal(3, 5), mx.array([[1, -2], [0, 4], [3, 1]])
+    holds(lambda x, w: mx.put_along_axis(x, w, x[:, :2] * 2, axis=1), x, where)
 
 
 @pytest.mark.parametrize("dtype", (mx.float32, mx.int32), ids=str)
@@ -331,7 +334,9 @@ def test_scans(dtype):
             mx.cumprod(x[:, :5], axis=-1, inclusive=False),
         )
 
-    holds(function, (4 * normal(3, 77)).astype(dtype), tolerance=1e-5 if dtype == mx.float32 else None)
+    holds(
+        function, (4 * normal(3, 77)).astype(dtype), tolerance=1e-5 if dtype == mx.float32 else None
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -359,6 +364,5 @@ def test_float32_products_are_not_fused_with_sums():
 def test_strided_inputs_are_made_contiguous():
     x = normal(6, 10)
     program = program_of(lambda x: x * 2, x)
-    agree(program(x.T.reshape(10, 6).T), x.T.reshape(10, 6).T * 2) if False else None
     turned = mx.swapaxes(normal(10, 6, seed=4), 0, 1)
     agree(program(turned)[0], turned * 2)

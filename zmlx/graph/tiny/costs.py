@@ -23,6 +23,13 @@ _SHUFFLE = 6
 class Costs:
     """Decides which values of a program are stored.
 
+    Args:
+        nodes: of the program, lowered.
+        inputs: values that are in the device's memory.
+        outputs: values that are returned.
+        threads: of the threadgroup.
+        sparing: store only what has to be.
+
     Attributes:
         stored: values that go to threadgroup memory.
     """
@@ -33,6 +40,8 @@ class Costs:
         inputs: Mapping[Value, str],
         outputs: Sequence[Value],
         threads: int,
+        *,
+        sparing: bool = False,
     ) -> None:
         self._nodes = nodes
         self._inputs = inputs
@@ -45,7 +54,7 @@ class Costs:
                 self.stored.update(dict.fromkeys(node.outputs))
             if node.op == "Rank":
                 self.stored[node.inputs[0]] = None
-        for node in nodes:
+        for node in () if sparing else nodes:
             for value in node.outputs:
                 if value not in self.stored and node.op not in VIEWS and self._pays(value, outputs):
                     self.stored[value] = None

@@ -14,7 +14,16 @@ import mlx.core as mx
 
 from zmlx.graph.nodes import Node, Value
 from zmlx.graph.tiny.elementwise import EXPRESSIONS, expression
-from zmlx.graph.tiny.index import Index, constant, quotient, ravel, remainder, scaled, total, unravel
+from zmlx.graph.tiny.index import (
+    Index,
+    constant,
+    quotient,
+    ravel,
+    remainder,
+    scaled,
+    total,
+    unravel,
+)
 from zmlx.graph.tiny.literals import FLOATS, SIGNED, literal, type_name
 
 if TYPE_CHECKING:

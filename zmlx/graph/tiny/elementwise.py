@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.authoring.functions import preludes
+from zmlx.authoring.functions import FUNCTIONS
 from zmlx.graph.nodes import Node
 from zmlx.graph.tiny.literals import FLOATS, SIGNED, literal, type_name
 
@@ -83,7 +83,6 @@ inline uint tiny_key(uint x) { return x; }
 """
 
 
-
 def _across(name: str, joined: str) -> str:
     """Return a function that joins a value of 2 * distance lanes, for each of them."""
     return f"""
@@ -113,10 +112,10 @@ HEADERS: dict[str, str] = {
     "simd_times": _across("simd_times", "a * b"),
     "simd_larger": _across("simd_larger", "tiny_larger(a, b)"),
     "simd_smaller": _across("simd_smaller", "tiny_smaller(a, b)"),
-    "zmlx_log1p": preludes(["log1p"]),
-    "zmlx_expm1": preludes(["expm1"]),
-    "zmlx_erf": preludes(["erf"]),
-    "zmlx_logaddexp": preludes(["logaddexp"]),
+    "zmlx_log1p": FUNCTIONS["log1p"].prelude,
+    "zmlx_expm1": FUNCTIONS["expm1"].prelude,
+    "zmlx_erf": FUNCTIONS["erf"].prelude,
+    "zmlx_logaddexp": FUNCTIONS["logaddexp"].prelude,
 }
 
 
@@ -292,7 +291,11 @@ EXPRESSIONS: dict[str, _Expression] = {
 }
 
 #: Functions of the above that call another one.
-REQUIRED = {"simd_larger": "tiny_larger", "simd_smaller": "tiny_smaller"}
+REQUIRED = {
+    "simd_larger": "tiny_larger",
+    "simd_smaller": "tiny_smaller",
+    "zmlx_logaddexp": "zmlx_log1p",
+}
 
 #: How long an operation takes, in simple instructions, where that is not 1.
 WORK = {

@@ -158,7 +158,11 @@ def total(*indices: Index) -> Index:
             factors[part] = factors.get(part, 0) + factor
     while True:
         joined = next(
-            (p for p, k in factors.items() if k and isinstance(p, Remainder) and _whole(p, factors)),
+            (
+                p
+                for p, k in factors.items()
+                if k and isinstance(p, Remainder) and _whole(p, factors)
+            ),
             None,
         )
         if joined is None:

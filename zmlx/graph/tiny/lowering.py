@@ -25,11 +25,13 @@ class Lowering:
     Attributes:
         nodes: what there is so far, each after those that make its inputs.
         numbers: values of one element that are known.
+        sorted: value and axis -> it with the axis last, and the positions that sort it.
     """
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes: list[Node] = []
         self.numbers: dict[Value, bool | int | float] = {}
+        self.sorted: dict[tuple[Value, int], tuple[Value, Value]] = {}
         for node in nodes:
             lower = _LOWERED.get(node.op)
             if lower is None:
@@ -163,9 +165,12 @@ def _moved(to: Lowering, value: Value, order: Sequence[int]) -> Value:
 
 def _ranks(to: Lowering, x: Value, axis: int) -> tuple[Value, Value]:
     """Return `x` with the axis last, and the positions along it that sort it."""
+    if (x, axis) in to.sorted:
+        return to.sorted[x, axis]
     rows = _moved(to, x, _with_last(axis, len(x.shape)))
     keys = to.make("SortKey", [rows], rows.shape, mx.uint32)
-    return rows, to.make("Rank", [keys], rows.shape, mx.uint32)
+    found = to.sorted[x, axis] = rows, to.make("Rank", [keys], rows.shape, mx.uint32)
+    return found
 
 
 def _finish_sorted(to: Lowering, value: Value, axis: int, output: Value) -> None:

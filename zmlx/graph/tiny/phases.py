@@ -25,7 +25,16 @@ from zmlx.graph.tiny.elements import (
     reduced_length,
     reduced_place,
 )
-from zmlx.graph.tiny.index import Index, constant, ravel, remainder, scaled, total, unravel, variable
+from zmlx.graph.tiny.index import (
+    Index,
+    constant,
+    ravel,
+    remainder,
+    scaled,
+    total,
+    unravel,
+    variable,
+)
 from zmlx.graph.tiny.literals import FLOATS, SIGNED, literal, type_name
 from zmlx.graph.tiny.lowering import ALL, ANY, LARGEST, LEAST, PRODUCT, SUM
 from zmlx.graph.tiny.writer import Writer
@@ -285,9 +294,7 @@ def _spread(writer: Writer, target: Target, length: int) -> Iterator[tuple[Index
         yield writer.atom(f"metal::min({place}, {length - 1}u)", length), f"{place} < {length}u"
 
 
-def _joined_groups(
-    writer: Writer, target: Target, kind: int, name: str, dtype: mx.Dtype
-) -> str:
+def _joined_groups(writer: Writer, target: Target, kind: int, name: str, dtype: mx.Dtype) -> str:
     """Join what the simdgroups have; every thread gets the result."""
     partial, held = writer.name("q"), mx.uint32 if dtype == mx.bool_ else dtype
     writer.shared(partial, held, target.groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -250,28 +250,37 @@ def _generated(
     kept = _needed(lowered.nodes, outputs)
     names = {value: f"a{number}" for number, value in enumerate(inputs)}
     threads = threads_for(kept, outputs)
-    stored = Costs(kept, names, outputs, threads).stored
-    sources = Sources(
+    plain = Sources(
         names,
         lowered.numbers,
         {v: (node, n) for node in kept for n, v in enumerate(node.outputs)},
-        {value: f"t{number}" for number, value in enumerate(stored)},
+        {},
     )
+    try:
+        return _kernel(plain, kept, outputs, threads, Costs(kept, names, outputs, threads))
+    except TooLarge:
+        sparing = Costs(kept, names, outputs, threads, sparing=True)
+        return _kernel(plain, kept, outputs, threads, sparing)
+
+
+def _kernel(
+    plain: Sources, nodes: Sequence[Node], outputs: Sequence[Value], threads: int, costs: Costs
+) -> _Kernel:
+    """Write a kernel twice: the first text tells what is read from threadgroup memory, and when."""
+    stored = costs.stored
+    sources = replace(plain, stored={value: f"t{number}" for number, value in enumerate(stored)})
     returned = {value: [f"o{number}"] for number, value in enumerate(outputs)}
-    schedule = _scheduled(sources, kept, outputs, returned, threads)
+    schedule = _scheduled(sources, nodes, outputs, returned, threads)
     first = written(schedule, sources, returned, threads)
-    places, arrays = slots(schedule.levels, first.reads)
-    sources = Sources(names, lowered.numbers, sources.producers, places | _unread(stored, places))
+    ranks = {value for node in nodes if node.op == "Rank" for value in node.outputs}
+    places, arrays = slots(schedule.levels, first.reads, ranks)
     targets = {
         value: [*([places[value]] if value in places else []), *returned.get(value, [])]
         for value in (*stored, *outputs)
     }
+    sources = replace(plain, stored={value: places.get(value, "") for value in stored})
     writer = written(schedule, sources, targets, threads)
-    return _kernel(writer, arrays, outputs, threads, names)
-
-
-def _unread(stored: Mapping[Value, None], places: Mapping[Value, str]) -> dict[Value, str]:
-    return {value: "" for value in stored if value not in places}
+    return _finished(writer, arrays, outputs, threads)
 
 
 def _scheduled(
@@ -292,12 +301,11 @@ def _scheduled(
     return schedule
 
 
-def _kernel(
+def _finished(
     writer: Writer,
     arrays: Mapping[str, tuple[mx.Dtype, int]],
     outputs: Sequence[Value],
     threads: int,
-    names: Mapping[Value, str],
 ) -> _Kernel:
     shared = {**arrays, **writer.arrays}
     total = sum(dtype.size * size for dtype, size in shared.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -153,13 +153,14 @@ def written(
 
 
 def slots(
-    values: Mapping[Value, int], reads: Mapping[Value, int]
+    values: Mapping[Value, int], reads: Mapping[Value, int], short: Container[Value]
 ) -> tuple[dict[Value, str], dict[str, tuple[mx.Dtype, int]]]:
-    """Give stored values their arrays in threadgroup memory; those that are read no more are reused.
+    """Give stored values their arrays in threadgroup memory; what is read no more makes place.
 
     Args:
         values: stored value -> the phase that writes it.
         reads: the same -> the last phase that reads it; values that are not in it need no place.
+        short: values of which 16 bits hold all numbers.
 
     Returns:
         Value -> name, and name -> dtype and size.
@@ -170,9 +171,10 @@ def slots(
     for value, level in sorted(values.items(), key=lambda item: item[1]):
         if value not in reads:
             continue
-        fitting = [n for n, f in free_from.items() if f < level and arrays[n][0] == value.dtype]
+        dtype = mx.uint16 if value in short else value.dtype
+        fitting = [n for n, f in free_from.items() if f < level and arrays[n][0] == dtype]
         name = min(fitting, key=lambda n: abs(arrays[n][1] - value.size), default=f"s{len(arrays)}")
-        size = max(arrays.get(name, (value.dtype, 0))[1], value.size)
-        names[value], arrays[name] = name, (value.dtype, size)
+        size = max(arrays.get(name, (dtype, 0))[1], value.size)
+        names[value], arrays[name] = name, (dtype, size)
         free_from[name] = reads[value]
     return names, arrays

@@ -202,9 +202,7 @@ class Writer:
             scope = scope.parent
         return self._early.get((value, position))
 
-    def _written(
-        self, value: Value, position: Index, at: tuple[Index, ...], anew: bool
-    ) -> str:
+    def _written(self, value: Value, position: Index, at: tuple[Index, ...], anew: bool) -> str:
         if value in self.sources.stored and not anew:
             return self._read(value, position)
         if value in self.sources.inputs:
