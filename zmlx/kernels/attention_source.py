@@ -136,7 +136,10 @@ class Variant:
             "counters": self.form == "joined",
             "after": self.after,
         }
-        return (*("q", "k", "v", "keys", "values", "state"), *(n for n, on in optional.items() if on))
+        return (
+            *("q", "k", "v", "keys", "values", "state"),
+            *(n for n, on in optional.items() if on),
+        )
 
     @property
     def outputs(self) -> tuple[str, ...]:

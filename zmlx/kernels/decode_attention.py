@@ -156,9 +156,7 @@ def _attend(
     scores = grouped @ wide(keys).swapaxes(-1, -2)
     scores = mx.where(seen, scores, -mx.inf)
     if sinks is not None:
-        column = mx.broadcast_to(
-            wide(sinks).reshape(1, kv_heads, -1, 1), (*scores.shape[:-1], 1)
-        )
+        column = mx.broadcast_to(wide(sinks).reshape(1, kv_heads, -1, 1), (*scores.shape[:-1], 1))
         scores = mx.concatenate([scores, column], axis=-1)
     weights = mx.softmax(scores, axis=-1)[..., : keys.shape[2]]
     # Beyond the length a buffer may hold anything.

@@ -28,9 +28,7 @@ def shortened(source: CudaSource, name: str) -> CudaSource:
         name: of the kernel, for the files' names.
     """
     try:
-        return CudaSource(
-            _header(source.header, name), _body(source, name), source.input_names
-        )
+        return CudaSource(_header(source.header, name), _body(source, name), source.input_names)
     except OSError:  # a cache that nobody may write to costs time, nothing else
         return source
 
@@ -39,7 +37,7 @@ def _header(header: str, name: str) -> str:
     prelude = f'#include "{PRELUDE}"\n'
     if len(header) < LONG or not header.startswith(prelude):
         return header
-    return f"{prelude}#include \"{_file(header.removeprefix(prelude), name)}\"\n"
+    return f'{prelude}#include "{_file(header.removeprefix(prelude), name)}"\n'
 
 
 def _body(source: CudaSource, name: str) -> str:
