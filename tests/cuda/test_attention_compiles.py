@@ -1,4 +1,4 @@
-"""Decode attention goes through NVIDIA's compiler in its forms for CUDA, within a block's registers."""
+"""Decode attention goes through NVIDIA's compiler in its forms for CUDA."""
 
 from __future__ import annotations
 

@@ -315,9 +315,9 @@ def test_dtypes_that_do_not_fit():
     q, k, v, keys, values = arrays()
     with pytest.raises(TypeError, match=r"k is .*float16 and keys are .*float32; cast one"):
         decode_attention(q, k.astype(F16), v, keys, values, state(3), scale=1.0)
-    with pytest.raises(TypeError, match="q is .*int32"):
+    with pytest.raises(TypeError, match=r"q is .*int32"):
         decode_attention(q.astype(mx.int32), k, v, keys, values, state(3), scale=1.0)
-    with pytest.raises(TypeError, match="state is .*int64; it takes int32"):
+    with pytest.raises(TypeError, match=r"state is .*int64; it takes int32"):
         decode_attention(q, k, v, keys, values, state(3).astype(mx.int64), scale=1.0)
 
 

@@ -239,7 +239,7 @@ def decode_attention(
         counters = _counters(layout.rows)
     if joined and counters is not None:
         _check_counters(counters, layout.rows)
-    given = {
+    given: dict[str, mx.array | None] = {
         "q": q,
         "k": k,
         "v": v,
@@ -263,7 +263,7 @@ def decode_attention(
     shapes = {"out": layout.out, "sums": layout.sums}
     dtypes = {"out": q.dtype, "sums": mx.float32}
     found = launcher(_definition(variant), backend)(
-        inputs=[given[name] for name in variant.inputs],
+        inputs=[array for name in variant.inputs if (array := given[name]) is not None],
         output_shapes=[shapes[name] for name in variant.outputs],
         output_dtypes=[dtypes[name] for name in variant.outputs],
         grid=(layout.splits * THREADS, *layout.grid),

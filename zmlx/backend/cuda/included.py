@@ -14,7 +14,7 @@ from pathlib import Path
 from zmlx.backend.cpu import native
 from zmlx.backend.cuda.source import PRELUDE, CudaSource
 
-#: Characters from which a text goes into a file; reading one takes the compiler no time to speak of.
+#: Characters from which a text goes into a file.
 LONG = 1000
 #: What MLX looks for in a body, to pass it along with an input.
 _PARTS = ("shape", "strides", "ndim")
