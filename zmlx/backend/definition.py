@@ -63,7 +63,9 @@ class Definition:
         if not self.source.strip():
             raise ValueError(f"kernel {self.name!r}: its source is empty; give the body of one")
         if unknown := set(self.updated_inputs) - set(self.input_names):
-            raise ValueError(f"kernel {self.name!r}: updated inputs {sorted(unknown)} are no inputs")
+            raise ValueError(
+                f"kernel {self.name!r}: updated inputs {sorted(unknown)} are no inputs"
+            )
         if self.updated_inputs and self.ensure_row_contiguous:
             raise ValueError(
                 f"kernel {self.name!r} updates inputs, of which it would get copies if they are not "

@@ -136,7 +136,10 @@ class Variant:
             "counters": self.form == "joined",
             "after": self.after,
         }
-        return (*("q", "k", "v", "keys", "values", "state"), *(n for n, on in optional.items() if on))
+        return (
+            *("q", "k", "v", "keys", "values", "state"),
+            *(n for n, on in optional.items() if on),
+        )
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -195,8 +198,8 @@ fetch<AHEAD, K_VECTORS, K_LANES, D / N>(
     next, key_rows, keys_strides[2], start + group * K_ROWS + k_sub, K_STEP, end, write, k_lane);
 """
 
-# Queries, and behind them the new key where it belongs to this part, as floats in `scratch`. What is
-# new goes to the cache and, for this threadgroup itself, to `new_rows`.
+# Queries, and behind them the new key where it belongs to this part, as floats in `scratch`.
+# What is new goes to the cache and, for this threadgroup itself, to `new_rows`.
 _STAGE = """
 for (int r = group; r < HEADS + (fresh ? 1 : 0); r += W) {
   float x[(D + 31) / 32];
@@ -317,7 +320,8 @@ for (int from = start; from < end; from += CHUNK) {
         bits[i] = next[i];
       }
       fetch<AHEAD, K_VECTORS, K_LANES, D / N>(
-          next, key_rows, keys_strides[2], base + AHEAD * K_STEP + k_sub, K_STEP, to, write, k_lane);
+          next, key_rows, keys_strides[2], base + AHEAD * K_STEP + k_sub, K_STEP, to, write,
+          k_lane);
       UNROLL
       for (int r = 0; r < AHEAD; ++r) {
         int at = base + r * K_STEP + k_sub;
@@ -366,7 +370,8 @@ for (int from = start; from < end; from += CHUNK) {
     }
   }
   fetch<AHEAD, V_VECTORS, V_LANES, DV / N>(
-      next, value_rows, values_strides[2], from + group * V_ROWS + v_sub, V_STEP, to, write, v_lane);
+      next, value_rows, values_strides[2], from + group * V_ROWS + v_sub, V_STEP, to, write,
+      v_lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float before = largest;
   UNROLL

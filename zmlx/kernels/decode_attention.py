@@ -156,9 +156,7 @@ def _attend(
     scores = grouped @ wide(keys).swapaxes(-1, -2)
     scores = mx.where(seen, scores, -mx.inf)
     if sinks is not None:
-        column = mx.broadcast_to(
-            wide(sinks).reshape(1, kv_heads, -1, 1), (*scores.shape[:-1], 1)
-        )
+        column = mx.broadcast_to(wide(sinks).reshape(1, kv_heads, -1, 1), (*scores.shape[:-1], 1))
         scores = mx.concatenate([scores, column], axis=-1)
     weights = mx.softmax(scores, axis=-1)[..., : keys.shape[2]]
     # Beyond the length a buffer may hold anything.
@@ -241,7 +239,7 @@ def decode_attention(
         counters = _counters(layout.rows)
     if joined and counters is not None:
         _check_counters(counters, layout.rows)
-    given = {
+    given: dict[str, mx.array | None] = {
         "q": q,
         "k": k,
         "v": v,
@@ -265,7 +263,7 @@ def decode_attention(
     shapes = {"out": layout.out, "sums": layout.sums}
     dtypes = {"out": q.dtype, "sums": mx.float32}
     found = launcher(_definition(variant), backend)(
-        inputs=[given[name] for name in variant.inputs],
+        inputs=[array for name in variant.inputs if (array := given[name]) is not None],
         output_shapes=[shapes[name] for name in variant.outputs],
         output_dtypes=[dtypes[name] for name in variant.outputs],
         grid=(layout.splits * THREADS, *layout.grid),

@@ -14,7 +14,7 @@ from pathlib import Path
 from zmlx.backend.cpu import native
 from zmlx.backend.cuda.source import PRELUDE, CudaSource
 
-#: Characters from which a text goes into a file; reading one takes the compiler no time to speak of.
+#: Characters from which a text goes into a file.
 LONG = 1000
 #: What MLX looks for in a body, to pass it along with an input.
 _PARTS = ("shape", "strides", "ndim")
@@ -28,9 +28,7 @@ def shortened(source: CudaSource, name: str) -> CudaSource:
         name: of the kernel, for the files' names.
     """
     try:
-        return CudaSource(
-            _header(source.header, name), _body(source, name), source.input_names
-        )
+        return CudaSource(_header(source.header, name), _body(source, name), source.input_names)
     except OSError:  # a cache that nobody may write to costs time, nothing else
         return source
 
@@ -39,7 +37,7 @@ def _header(header: str, name: str) -> str:
     prelude = f'#include "{PRELUDE}"\n'
     if len(header) < LONG or not header.startswith(prelude):
         return header
-    return f"{prelude}#include \"{_file(header.removeprefix(prelude), name)}\"\n"
+    return f'{prelude}#include "{_file(header.removeprefix(prelude), name)}"\n'
 
 
 def _body(source: CudaSource, name: str) -> str:
