@@ -91,7 +91,7 @@ def test_everything_is_measured_for_both(measured):
     for quantity in ("python", "encoding", "weights", "cache"):
         assert capsule.median("tiny-moe, context 8", "zmlx", quantity) > 0
     assert 0 < capsule.median("tiny-moe, context 8", "zmlx", "logits_apart") < 50
-    assert 0 < capsule.median("tiny-moe", "zmlx", "patching") < 60
+    assert capsule.median("tiny-moe", "zmlx", "patching") > 0
     assert capsule.median("tiny-moe", "zmlx", "modules") > 0
     assert capsule.plans["tiny-moe"]["patched_count"] == capsule.median(
         "tiny-moe", "zmlx", "modules"

@@ -44,18 +44,18 @@ def weight_bytes(model: nn.Module) -> int:
 
 def cache_bytes(cache: Sequence[Any]) -> int:
     """Return the bytes of what a prompt cache holds, without what it keeps free for later."""
-    total = 0.0
+    total = 0
     for layer in cache:
+        keys, filled = getattr(layer, "keys", None), layer.size()
         if hasattr(layer, "caches"):
             total += cache_bytes(layer.caches)
-            continue
-        arrays: Any = tree_flatten(layer.state)
-        own = sum(value.nbytes for _, value in arrays if isinstance(value, mx.array))
-        keys = getattr(layer, "keys", None)
-        filled = layer.size()
-        # Keys and values come with room for more; states of fixed size have no length.
-        total += own * (filled / keys.shape[-2] if filled and isinstance(keys, mx.array) else 1.0)
-    return round(total)
+        elif isinstance(keys, mx.array) and filled:
+            # Keys and values come with room for more.
+            total += (keys.nbytes + layer.values.nbytes) * filled // keys.shape[-2]
+        else:
+            arrays: Any = tree_flatten(layer.state)
+            total += sum(value.nbytes for _, value in arrays if isinstance(value, mx.array))
+    return total
 
 
 def parameter_bytes(model: nn.Module) -> int:
