@@ -23,6 +23,7 @@ from zmlx.graph.lending import Kind, advance, buffers, is_lent, kind_of, lend, p
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import emit
 from zmlx.graph.rewrite.attention import Place, fuse_attention
+from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
 from zmlx.graph.rewrite.experts import fuse_experts
 from zmlx.graph.rewrite.products import fuse_products
 from zmlx.graph.same import difference
@@ -171,7 +172,8 @@ def traced_step(forward: Forward, layout: Layout) -> Traced:
         unlike = difference(first.graph, other.graph)
         if unlike is not None:
             raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
-    return Traced(fuse_products(fuse_experts(first.graph)), first.kinds)
+    graph = fuse_products(fuse_experts(first.graph))
+    return Traced(fuse_small(fold_constants(graph)), first.kinds)
 
 
 def _at(forward: Forward, layout: Layout, position: int) -> Traced:

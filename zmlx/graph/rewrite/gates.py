@@ -2,7 +2,7 @@
 
     silu         g * sigmoid(g) * u             gelu        g * (1 + erf(g / sqrt(2))) / 2 * u
     gelu_tanh    0.5 * g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))) * u
-    swiglu_clip  min(g, 7) * sigmoid(1.702 * min(g, 7)) * (clip(u, -7, 7) + 1)       (GPT-OSS)
+    clipped_swiglu  min(g, 7) * sigmoid(1.702 * min(g, 7)) * (clip(u, -7, 7) + 1)       (GPT-OSS)
     relu2        max(u, 0)^2, without a gate
 
 How a library writes one of them differs from model to model. So the operations from the products to
@@ -56,7 +56,7 @@ def _clipped(g: mx.array, u: mx.array) -> mx.array:
 
 #: activation -> the operation that tells it from the others, its formula
 _FORMULAS: dict[str, tuple[str, Callable[[mx.array, mx.array], mx.array]]] = {
-    "swiglu_clip": ("Minimum", _clipped),
+    "clipped_swiglu": ("Minimum", _clipped),
     "gelu": ("Erf", lambda g, u: g * (1 + mx.erf(g / 2**0.5)) / 2 * u),
     "gelu_tanh": (
         "Tanh",
