@@ -156,18 +156,19 @@ class Traced:
     kinds: tuple[Kind, ...]
 
 
-def traced_step(forward: Forward, layout: Layout) -> Traced:
+def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) -> Traced:
     """Trace and rewrite a step of one token.
 
     Args:
         forward: the model's forward, unpatched.
         layout: its caches.
+        dtype: of the tokens.
 
     Raises:
         ProgramRefused: more than caches and rotations depends on the position.
         TraceError: it cannot be traced.
     """
-    first, *others = (_at(forward, layout, position) for position in layout.positions())
+    first, *others = (_at(forward, layout, dtype, position) for position in layout.positions())
     for other in others:
         unlike = difference(first.graph, other.graph)
         if unlike is not None:
@@ -176,12 +177,12 @@ def traced_step(forward: Forward, layout: Layout) -> Traced:
     return Traced(fuse_small(fold_constants(graph)), first.kinds)
 
 
-def _at(forward: Forward, layout: Layout, position: int) -> Traced:
+def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Traced:
     def step(tokens: mx.array, *given: mx.array) -> list[mx.array]:
         caches = layout.caches(position, given)
         return [forward(tokens, caches), *held_arrays(caches)]
 
-    graph = trace(step, mx.zeros((1, 1), mx.int32), *layout.inputs(position))
+    graph = trace(step, mx.zeros((1, 1), dtype), *layout.inputs(position))
     hidden = graph.outputs[0]
     places = _places(graph, layout, position)
     fused = fuse_attention(graph, position, places, Value(hidden.shape, hidden.dtype, "after"))
