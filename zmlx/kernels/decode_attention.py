@@ -43,6 +43,10 @@ LEAST = 32
 HEADS = 8
 #: Bytes of threadgroup memory in which the sums of simdgroups meet.
 _MEETING = 16384
+#: Bytes of sums that one threadgroup adds up at most, if it need not.
+_FLAT = 49152
+#: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
+_COUNTERS_OF_A_ROW = 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +280,7 @@ def decode_attention(
         inputs=[found[0], state],
         output_shapes=[layout.out],
         output_dtypes=[q.dtype],
-        grid=(THREADS, *layout.grid),
+        grid=(layout.heads * THREADS, *layout.grid),
         threadgroup=(THREADS, 1, 1),
         template=template,
     )
@@ -328,8 +332,8 @@ class _Layout:
         most = -(-min(capacity, window or capacity) // LEAST)
         if splits is None:
             splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
-        elif not 1 <= splits <= CHUNK - 1:
-            raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 1}")
+        elif not 1 <= splits <= CHUNK - 2:
+            raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
         return cls(
             batch=batch,
             kv_heads=kv_heads,
@@ -400,6 +404,8 @@ class _Layout:
             "SPLITS": self.splits,
             "LEAST": LEAST,
             "WINDOW": self.window,
+            "FLAT": max(2, _FLAT // (4 * self.heads * self.value_size)),
+            "COUNTERS": _COUNTERS_OF_A_ROW,
         }
         return (("T", self.dtype), ("Q", self.q_dtype), *numbers.items())
 
