@@ -19,7 +19,7 @@ from textwrap import indent
 THREADS = 256
 #: Positions whose scores are held at once.
 CHUNK = 256
-#: Rows that a lane has under way at once, next to as many that it computes with.
+#: Loads that a lane has under way at once, next to as many that it computes with.
 AHEAD = 4
 
 HEADER = """
@@ -117,6 +117,7 @@ class Variant:
         after: there is an input that only orders.
         form: "whole" when a threadgroup has all positions and writes the result, "parts" when it
             writes sums over a part, "joined" when the last threadgroup of a row adds them up too.
+        latent: values are the keys, and a part of queries and keys that is rotated lies apart.
     """
 
     q_norm: bool
@@ -126,6 +127,7 @@ class Variant:
     sinks: bool
     after: bool
     form: str
+    latent: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -138,10 +140,9 @@ class Variant:
             "counters": self.form == "joined",
             "after": self.after,
         }
-        return (
-            *("q", "k", "v", "keys", "values", "state"),
-            *(n for n, on in optional.items() if on),
-        )
+        caches = ("rope_keys",) if self.latent else ("values",)
+        new = ("q_pe", "k", "k_pe") if self.latent else ("k", "v")
+        return ("q", *new, "keys", *caches, "state", *(n for n, on in optional.items() if on))
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -151,7 +152,8 @@ class Variant:
     @property
     def updated(self) -> tuple[str, ...]:
         """Names of the inputs that are written into."""
-        return ("keys", "values", *(("counters",) if self.form == "joined" else ()))
+        caches = ("keys", "rope_keys") if self.latent else ("keys", "values")
+        return (*caches, *(("counters",) if self.form == "joined" else ()))
 
 
 PLACE = """
@@ -159,6 +161,8 @@ constexpr int N = 16 / sizeof(T);
 constexpr int W = THREADS / 32;
 constexpr int K_ROWS = 32 / K_LANES, V_ROWS = 32 / V_LANES;
 constexpr int K_STEP = W * K_ROWS, V_STEP = W * V_ROWS;
+constexpr int K_ROOM = AHEAD * K_VECTORS, V_ROOM = V_AHEAD * V_VECTORS;
+constexpr int ROOM = K_ROOM > V_ROOM ? K_ROOM : V_ROOM;
 threadgroup float4 score_memory[CHUNK * PADDED / 4];
 threadgroup float4 scratch_memory[SCRATCH / 4];
 threadgroup uint4 new_memory[(D + $other) / N];
@@ -190,8 +194,8 @@ if (start >= end) {
 bool fresh = write >= start && write < end;
 int k_sub = lane / K_LANES, k_lane = lane % K_LANES;
 int v_sub = lane / V_LANES, v_lane = lane % V_LANES;
-uint4 bits[AHEAD * (K_VECTORS > V_VECTORS ? K_VECTORS : V_VECTORS)];
-uint4 next[AHEAD * (K_VECTORS > V_VECTORS ? K_VECTORS : V_VECTORS)];
+uint4 bits[ROOM];
+uint4 next[ROOM];
 """
 CACHES = """
 constexpr int NEW_VALUE = D / N;
@@ -381,7 +385,7 @@ $scores  }
       most[group * PADDED + mine + o] = top[o];
     }
   }
-  fetch<AHEAD, V_VECTORS, V_LANES, DV / N>(
+  fetch<V_AHEAD, V_VECTORS, V_LANES, DV / N>(
       next, value_rows, value_stride, from + group * V_ROWS + v_sub, V_STEP, to, write,
       v_lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -410,16 +414,16 @@ $scores  }
       }
     }
   }
-  for (int base = from + group * V_ROWS; base < to; base += AHEAD * V_STEP) {
+  for (int base = from + group * V_ROWS; base < to; base += V_AHEAD * V_STEP) {
     UNROLL
-    for (int i = 0; i < AHEAD * V_VECTORS; ++i) {
+    for (int i = 0; i < V_ROOM; ++i) {
       bits[i] = next[i];
     }
-    fetch<AHEAD, V_VECTORS, V_LANES, DV / N>(
-        next, value_rows, value_stride, base + AHEAD * V_STEP + v_sub, V_STEP, to, write,
+    fetch<V_AHEAD, V_VECTORS, V_LANES, DV / N>(
+        next, value_rows, value_stride, base + V_AHEAD * V_STEP + v_sub, V_STEP, to, write,
         v_lane);
     UNROLL
-    for (int r = 0; r < AHEAD; ++r) {
+    for (int r = 0; r < V_AHEAD; ++r) {
       int at = base + r * V_STEP + v_sub;
       if (at < to) {
         float p[PADDED];
