@@ -192,6 +192,7 @@ if (start >= end) {
   return;
 }
 bool fresh = write >= start && write < end;
+write = fresh ? write : -1;
 int k_sub = lane / K_LANES, k_lane = lane % K_LANES;
 int v_sub = lane / V_LANES, v_lane = lane % V_LANES;
 uint4 bits[ROOM];

@@ -180,7 +180,7 @@ def _check_arrays(
     if q.ndim != 3 or not q.shape[1] or q.shape[::2] != (batch, size):
         raise ValueError(f"q has shape {q.shape}; it takes ({batch}, Hq, {size})")
     rotated = rope_keys.shape[3]
-    wanted = {
+    wanted: dict[str, tuple[mx.array, list[tuple[int, ...]]]] = {
         "q_pe": (q_pe, [(batch, q.shape[1], rotated)]),
         "latent": (latent, [(batch, size)]),
         "k_pe": (k_pe, [(batch, rotated)]),
