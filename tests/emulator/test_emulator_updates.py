@@ -48,6 +48,34 @@ def test_a_part_of_an_array_is_updated_where_it_lies():
     assert not mx.any(whole[::2]).item()
 
 
+def test_inputs_whose_elements_lie_between_each_other_s():
+    whole = mx.zeros((2, 16))
+    mx.eval(whole)
+    kept, other = whole[0, ::2], whole[0, 1::2]
+    definition = Definition(
+        "keeping",
+        ("kept", "other"),
+        ("out",),
+        """
+        uint i = thread_position_in_grid.x;
+        ((device float*)kept)[i * kept_strides[0]] = 1.0f;
+        ((device float*)other)[i * other_strides[0]] = 2.0f;
+        out[i] = 3.0f;
+        """,
+        ensure_row_contiguous=False,
+        updated_inputs=("kept", "other"),
+    )
+    [out] = launcher(definition, "emulator")(
+        inputs=[kept, other],
+        output_shapes=[(8,)],
+        output_dtypes=[mx.float32],
+        grid=(8, 1, 1),
+        threadgroup=(8, 1, 1),
+    )
+    assert out.tolist() == [3] * 8
+    assert whole.tolist() == [[1, 2] * 8, [0] * 16]
+
+
 def test_an_update_outside_is_a_fault():
     kept = mx.zeros((10,))
     with pytest.raises(faults.OutOfBounds, match="'kept', which has 10"):
@@ -74,5 +102,5 @@ def test_what_may_be_left():
 def test_definitions_that_cannot_be():
     with pytest.raises(ValueError, match=r"updated inputs \['y'\] are no inputs"):
         run(kept=mx.ones(10), updated_inputs=("y",))
-    with pytest.raises(ValueError, match="updates inputs, of which it would get copies"):
+    with pytest.raises(ValueError, match="updates inputs, of which it may get copies"):
         run(kept=mx.ones(10), ensure_row_contiguous=True)

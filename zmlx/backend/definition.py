@@ -68,8 +68,8 @@ class Definition:
             )
         if self.updated_inputs and self.ensure_row_contiguous:
             raise ValueError(
-                f"kernel {self.name!r} updates inputs, of which it would get copies if they are not "
-                "row contiguous; set ensure_row_contiguous=False and go by their strides"
+                f"kernel {self.name!r} updates inputs, of which it may get copies; "
+                "set ensure_row_contiguous=False and go by their strides"
             )
 
 

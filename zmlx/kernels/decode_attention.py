@@ -19,86 +19,17 @@ launch; elsewhere, where no threadgroup may rely on what another one wrote, by a
 
 from __future__ import annotations
 
-import math
-import struct
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.backend.definition import Definition
-from zmlx.backend.launch import launcher
-from zmlx.kernels import attention_source
-from zmlx.kernels.attention_source import CHUNK, THREADS, Variant
-from zmlx.kernels.rows import FLOATS, SIMD, check_floats, check_vectors, wide
+from zmlx.kernels.attention_launch import Layout, launched
+from zmlx.kernels.attention_source import Variant
+from zmlx.kernels.rope import Rope, bits, kind_of, rope_template
+from zmlx.kernels.rows import SIMD, check_floats, check_vectors, wide
 
-#: Threadgroups among which positions are split: about one for each multiprocessor of a large GPU.
-THREADGROUPS = 132
-#: Fewest positions that are worth a threadgroup.
-LEAST = 32
-#: Most query heads of a threadgroup: their sums are held in registers.
-HEADS = 8
-#: Bytes of threadgroup memory in which the sums of simdgroups meet.
-_MEETING = 16384
-
-
-@dataclass(frozen=True, eq=False)
-class Rope:
-    """A rotary position embedding, as `mx.fast.rope` computes it.
-
-    Attributes:
-        dims: leading elements of a head that are rotated; even.
-        traditional: rotate neighbours, not the two halves.
-        base: angles are position * base^(-2i/dims); None where `freqs` is given.
-        scale: what positions are multiplied by.
-        freqs: (dims / 2,) float32, what positions are divided by, in place of `base`.
-        multiplier: a number that the rotated elements are multiplied by first, in their dtype, as
-            YaRN does.
-
-    Raises:
-        ValueError: `dims` is odd or not positive, both or neither of `base` and `freqs` are given,
-            `base` is not positive, or `freqs` has another shape.
-    """
-
-    dims: int
-    traditional: bool = False
-    base: float | None = 10000.0
-    scale: float = 1.0
-    freqs: mx.array | None = None
-    multiplier: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be computed."""
-        if self.dims < 2 or self.dims % 2:
-            raise ValueError(f"rope rotates pairs; dims={self.dims} must be even and positive")
-        if (self.base is None) == (self.freqs is None):
-            raise ValueError("rope takes either a base or freqs; give one, and None for the other")
-        if self.base is not None and self.base <= 0:
-            raise ValueError(f"rope: base={self.base} must be positive")
-        if self.freqs is not None and self.freqs.shape != (self.dims // 2,):
-            raise ValueError(
-                f"rope: freqs has shape {self.freqs.shape}; dims={self.dims} needs "
-                f"({self.dims // 2},)"
-            )
-
-    def __call__(self, heads: mx.array, position: mx.array) -> mx.array:
-        """Rotate heads (B, H, D) of one token, with MLX's operations; `position` is (B,) or ()."""
-        if self.multiplier != 1.0:
-            turned = self.multiplier * heads[..., : self.dims]
-            heads = mx.concatenate([turned, heads[..., self.dims :]], axis=-1)
-        rotated = mx.fast.rope(
-            heads[:, :, None],
-            self.dims,
-            traditional=self.traditional,
-            base=self.base,
-            scale=self.scale,
-            offset=position,
-            freqs=self.freqs,
-        )
-        return rotated.squeeze(2)
+__all__ = ["Rope", "decode_attention", "decode_attention_reference"]
 
 
 def decode_attention_reference(
@@ -208,9 +139,10 @@ def decode_attention(
         after: an array that is computed before this runs, and not read.
         splits: threadgroups for the positions of one sequence and head; by default what fills a
             large GPU.
-        counters: int32 zeros, at least 16 and one for each sequence and group of heads; they are
-            zeros again afterwards. Two launches that may run at once need different ones; by
-            default those of one thread and stream share theirs. Used on CUDA only.
+        counters: (N,) int32 zeros, 17 for each sequence and group of up to 8 query heads that share
+            a kv head; they are zeros again afterwards. Two launches that may run at once need
+            different ones; by default those of one thread and stream share theirs. Used on CUDA
+            only.
 
     Returns:
         (B, Hq, Dv) in the dtype of `q`.
@@ -222,24 +154,19 @@ def decode_attention(
             write in place.
     """
     _check_arrays(q, k, v, keys, values, state)
-    _check_options(q, k, keys, q_norm, k_norm, rope, sinks, window)
+    _check_options(q, keys, q_norm, k_norm, rope, sinks)
     backend = for_kernels(has_reference=False)
-    layout = _Layout.of(q, keys, values, window, splits)
-    joined = backend == "cuda" and layout.splits > 1
+    layout = Layout.of(q, keys, values.shape[3], state, window=window, splits=splits)
     variant = Variant(
         q_norm=q_norm is not None,
         k_norm=k_norm is not None,
-        rope="" if rope is None else "base" if rope.freqs is None else "freqs",
+        rope=kind_of(rope),
         multiplied=rope is not None and rope.multiplier != 1.0,
         sinks=sinks is not None,
         after=after is not None,
-        form="whole" if layout.splits == 1 else "joined" if joined else "parts",
+        form=layout.form(backend),
     )
-    if joined and counters is None:
-        counters = _counters(layout.rows)
-    if joined and counters is not None:
-        _check_counters(counters, layout.rows)
-    given: dict[str, mx.array | None] = {
+    arrays = {
         "q": q,
         "k": k,
         "v": v,
@@ -253,230 +180,8 @@ def decode_attention(
         "counters": counters,
         "after": after,
     }
-    template = (
-        *layout.template,
-        ("STEP", 0 if state.ndim == 1 else 3),
-        ("SCALE", _bits(scale)),
-        ("EPS", _bits(eps)),
-        *_rope_template(rope),
-    )
-    shapes = {"out": layout.out, "sums": layout.sums}
-    dtypes = {"out": q.dtype, "sums": mx.float32}
-    found = launcher(_definition(variant), backend)(
-        inputs=[array for name in variant.inputs if (array := given[name]) is not None],
-        output_shapes=[shapes[name] for name in variant.outputs],
-        output_dtypes=[dtypes[name] for name in variant.outputs],
-        grid=(layout.splits * THREADS, *layout.grid),
-        threadgroup=(THREADS, 1, 1),
-        template=template,
-    )
-    if variant.form != "parts":
-        return found[0]
-    [out] = launcher(_combination(), backend)(
-        inputs=[found[0], state],
-        output_shapes=[layout.out],
-        output_dtypes=[q.dtype],
-        grid=(THREADS, *layout.grid),
-        threadgroup=(THREADS, 1, 1),
-        template=template,
-    )
-    return out
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How the work is spread.
-
-    Attributes:
-        batch: sequences.
-        kv_heads: heads of the cache.
-        shared: query heads for each of them.
-        heads: query heads of a threadgroup.
-        splits: threadgroups along the positions.
-        size: elements of a key.
-        value_size: elements of a value.
-        window: most positions that are read, 0 for all.
-        dtype: of the cache.
-        q_dtype: of queries and of the result.
-    """
-
-    batch: int
-    kv_heads: int
-    shared: int
-    heads: int
-    splits: int
-    size: int
-    value_size: int
-    window: int
-    dtype: mx.Dtype
-    q_dtype: mx.Dtype
-
-    @classmethod
-    def of(
-        cls,
-        q: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        window: int | None,
-        splits: int | None,
-    ) -> _Layout:
-        batch, kv_heads, capacity, size = keys.shape
-        shared = q.shape[1] // kv_heads
-        groups = -(-shared // HEADS)
-        heads = -(-shared // groups)
-        groups = -(-shared // heads)
-        most = -(-min(capacity, window or capacity) // LEAST)
-        if splits is None:
-            splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
-        elif not 1 <= splits <= CHUNK - 1:
-            raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 1}")
-        return cls(
-            batch=batch,
-            kv_heads=kv_heads,
-            shared=shared,
-            heads=heads,
-            splits=min(splits, most),
-            size=size,
-            value_size=values.shape[3],
-            window=window or 0,
-            dtype=keys.dtype,
-            q_dtype=q.dtype,
-        )
-
-    @property
-    def groups(self) -> int:
-        """Groups of query heads that share one kv head."""
-        return -(-self.shared // self.heads)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Threadgroups along y and z."""
-        return self.kv_heads * self.groups, self.batch
-
-    @property
-    def rows(self) -> int:
-        """Sequences times groups of heads: what splits are combined in."""
-        return self.batch * self.kv_heads * self.groups
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return self.batch, self.kv_heads * self.shared, self.value_size
-
-    @property
-    def sums(self) -> tuple[int, ...]:
-        """Shape of the parts: sums over values, the maximum, the sum of weights, two unused."""
-        return self.rows, self.splits, self.heads, self.value_size + 4
-
-    @property
-    def template(self) -> tuple[tuple[str, mx.Dtype | int], ...]:
-        """Values of the sources' templates."""
-        padded = _power_of_two(self.heads)
-        # As many heads as fit meet at once.
-        simdgroups = THREADS // SIMD
-        meeting = padded
-        while meeting > 1 and simdgroups * meeting * self.value_size * 4 > _MEETING:
-            meeting //= 2
-        staged = (self.heads + 1) * self.size
-        k_lanes, k_vectors = _lanes(self.size * self.dtype.size // 16)
-        v_lanes, v_vectors = _lanes(self.value_size * self.dtype.size // 16)
-        numbers = {
-            "THREADS": THREADS,
-            "CHUNK": CHUNK,
-            "AHEAD": max(1, attention_source.AHEAD // max(k_vectors, v_vectors)),
-            "D": self.size,
-            "DV": self.value_size,
-            "K_LANES": k_lanes,
-            "K_VECTORS": k_vectors,
-            "V_LANES": v_lanes,
-            "V_VECTORS": v_vectors,
-            "KV_HEADS": self.kv_heads,
-            "SHARED": self.shared,
-            "GROUPS": self.groups,
-            "HEADS": self.heads,
-            "PADDED": padded,
-            "PASS": meeting,
-            "SCRATCH": -(-max(staged, simdgroups * meeting * self.value_size) // 4) * 4,
-            "SPLITS": self.splits,
-            "LEAST": LEAST,
-            "WINDOW": self.window,
-        }
-        return (("T", self.dtype), ("Q", self.q_dtype), *numbers.items())
-
-
-def _lanes(vectors: int) -> tuple[int, int]:
-    """Return how many lanes read a row of so many vectors, and how many vectors each reads."""
-    lanes = min(SIMD, _power_of_two(vectors))
-    return lanes, -(-vectors // lanes)
-
-
-def _power_of_two(number: int) -> int:
-    """Return the least power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()
-
-
-def _bits(number: float) -> int:
-    """Return a float32's bits as the int that a template takes: numbers as inputs cost more."""
-    value: int = struct.unpack("<i", struct.pack("<f", number))[0]
-    return value
-
-
-def _rope_template(rope: Rope | None) -> tuple[tuple[str, int], ...]:
-    if rope is None:
-        return ()
-    return (
-        ("DIMS", rope.dims),
-        ("TRADITIONAL", int(rope.traditional)),
-        ("BASE", 0 if rope.base is None else _bits(math.log2(rope.base))),
-        ("ROPE_SCALE", _bits(rope.scale)),
-        ("MULTIPLIER", _bits(rope.multiplier)),
-    )
-
-
-@cache
-def _definition(variant: Variant) -> Definition:
-    return Definition(
-        name="decode_attention",
-        input_names=variant.inputs,
-        output_names=variant.outputs,
-        source=attention_source.attention(variant),
-        header=attention_source.HEADER,
-        ensure_row_contiguous=False,
-        updated_inputs=variant.updated,
-        partial_outputs=variant.form != "whole",
-    )
-
-
-@cache
-def _combination() -> Definition:
-    return Definition(
-        name="decode_attention_combination",
-        input_names=("sums", "state"),
-        output_names=("out",),
-        source=attention_source.combination(),
-    )
-
-
-class _Counters(threading.local):
-    """Counters of one thread, for each stream and number: streams can be compared, not hashed."""
-
-    def __init__(self) -> None:
-        self.made: list[tuple[mx.Stream, mx.array]] = []
-
-
-_COUNTERS = _Counters()
-
-
-def _counters(number: int) -> mx.array:
-    """Return zeros for this thread and stream; small arrays would lie in memory of the host."""
-    stream = mx.default_stream(mx.default_device())
-    for of, counters in _COUNTERS.made:
-        if of == stream and counters.size >= number:
-            return counters
-    made = mx.zeros((max(1024, number),), mx.int32)
-    mx.eval(made)
-    _COUNTERS.made.append((stream, made))
-    return made
+    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
+    return launched(variant, layout, backend, arrays, numbers)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -534,13 +239,11 @@ def _check_sizes(dtype: mx.Dtype, sizes: Sequence[tuple[str, int]]) -> None:
 
 def _check_options(
     q: mx.array,
-    k: mx.array,
     keys: mx.array,
     q_norm: mx.array | None,
     k_norm: mx.array | None,
     rope: Rope | None,
     sinks: mx.array | None,
-    window: int | None,
 ) -> None:
     size = keys.shape[3]
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
@@ -548,21 +251,9 @@ def _check_options(
             check_vectors(size, **{name: weight})
     if rope is not None and rope.dims > size:
         raise ValueError(f"rope rotates {rope.dims} elements; heads have {size}")
-    if rope is not None and rope.freqs is not None and rope.freqs.dtype not in FLOATS:
-        raise TypeError(f"rope: freqs is {rope.freqs.dtype}; it takes float32")
     if sinks is not None:
         check_floats(sinks=sinks)
         if sinks.shape != (q.shape[1],):
             raise ValueError(
                 f"sinks has shape {sinks.shape}; {q.shape[1]} heads need ({q.shape[1]},)"
             )
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}; give a positive number, or None")
-
-
-def _check_counters(counters: mx.array, rows: int) -> None:
-    if counters.dtype != mx.int32 or counters.ndim != 1 or counters.size < max(16, rows):
-        raise ValueError(
-            f"counters are {counters.dtype} {counters.shape}; {rows} groups need at least "
-            f"{max(16, rows)} int32"
-        )

@@ -80,9 +80,8 @@ class Emulated : public mx::Primitive {
         threadgroup_)
         .run();
     for (size_t i = 0; i < buffers.size(); ++i) {
-      if (buffers[i].writable && buffers[i].bytes != 0) {
-        std::memcpy(
-            target_of(kernel_->parameters[i], views, outputs), buffers[i].data, buffers[i].bytes);
+      if (buffers[i].writable) {
+        put_back(kernel_->parameters[i], buffers[i], views, outputs);
       }
     }
   }
@@ -92,14 +91,25 @@ class Emulated : public mx::Primitive {
     return kernel_->ensure_row_contiguous && !view.dense();
   }
 
-  // Where what a kernel wrote goes: to an output, or into the memory of the input that it updates.
-  static char* target_of(
-      const Parameter& parameter, const std::vector<View>& views, Arrays& outputs) {
+  // Copies what a kernel wrote: all of an output; of an input only the elements that were written,
+  // since between them may lie those of another one.
+  static void put_back(
+      const Parameter& parameter, const Buffer& buffer, const std::vector<View>& views,
+      Arrays& outputs) {
+    if (buffer.bytes == 0) {
+      return;
+    }
     if (parameter.part == Part::output) {
-      return outputs[parameter.index].data<char>();
+      std::memcpy(outputs[parameter.index].data<char>(), buffer.data, buffer.bytes);
+      return;
     }
     const View& view = views[parameter.index];
-    return view.data - Extent(view).before;
+    char* const first = view.data - Extent(view).before;
+    for (size_t i = 0; i < buffer.writers.size(); ++i) {
+      if (buffer.writers[i].group != 0) {
+        std::memcpy(first + i * buffer.item, buffer.data + i * buffer.item, buffer.item);
+      }
+    }
   }
 
   Buffer buffer_of(
