@@ -106,7 +106,7 @@ class Costs:
         if node.op == "Reduce":
             return reduced_length(node)
         if node.op == "ScatterAxis":
-            return node.inputs[1].shape[node.arguments[1]]
+            return node.inputs[1].shape[int(node.arguments[1])]
         if node.op == "Convolution":
             return node.inputs[1].shape[1]
         return 2 if node.op == "RoPE" else 1

@@ -65,6 +65,11 @@ class Root:
     rows: int
     jobs: list[Value] = field(default_factory=list)
 
+    def like(self, kind: str, rows: int, value: Value) -> bool:
+        """Whether a value would be computed as those here are."""
+        same = (self.kind, self.rows) == (kind, rows)
+        return same and (kind != "flat" or self.jobs[0].size == value.size)
+
 
 def write(writer: Writer, target: Target, root: Root) -> None:
     """Write a root's part of the phase that is being written.
@@ -144,7 +149,7 @@ def _lane(writer: Writer) -> Index:
 
 
 def _positions(writer: Writer, length: int) -> Iterator[tuple[Index, str]]:
-    """Give each lane its elements of a row: their positions, and when they are counted, if not always.
+    """Give each lane its elements of a row: positions, and when they count, if not always.
 
     Rows of a power of two below 32 are given to several sets of lanes.
     """

@@ -59,12 +59,10 @@ class Schedule:
             self.phases.append([])
         phase = self.phases[ready]
         last = phase[-1] if phase else None
-        if kind == "flat" and last and last.kind == kind and last.jobs[0].size == value.size:
-            root = last
-        elif kind == "rows" and last and last.kind == kind and last.rows == rows:
+        root = Root(kind, rows)
+        if last and kind in ("flat", "rows") and last.like(kind, rows, value):
             root = last
         else:
-            root = Root(kind, rows)
             phase.append(root)
         self._put(value, root, ready)
         if kind == "block":
