@@ -51,8 +51,8 @@ def looked_at(program: TinyProgram) -> TinyProgram:
     """Assert that a program's kernel is Metal, for what clang and the strict rules see."""
     found = strict.check(
         program.definition,
-        input_dtypes=[value.dtype for value in program.reads] or [mx.float32],
-        input_shapes=[value.shape for value in program.reads] or [(1,)],
+        input_dtypes=[value.dtype for value in program.reads],
+        input_shapes=[value.shape for value in program.reads],
         output_dtypes=[value.dtype for value in program.outputs],
     )
     assert not found, "\n".join(str(diagnosis) for diagnosis in found)

@@ -421,3 +421,7 @@ _FORMULAS.update(
 LAZY = frozenset((*_VIEWS, *_FORMULAS, *EXPRESSIONS, "DivMod"))
 #: Operations that only say where an element is.
 VIEWS = frozenset(_VIEWS)
+#: Operations whose elements lie in the order of those of their inputs of the same size.
+IN_ORDER = frozenset(
+    (*EXPRESSIONS, *(op for op, view in _VIEWS.items() if view in (_same_order, _same_place)))
+)

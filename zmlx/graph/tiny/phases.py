@@ -345,7 +345,8 @@ def _rank(
     size, length = value.size, value.shape[-1]
     key = writer.name("k")
     at = writer.name("e")
-    writer.line(f"uint {at} = metal::min({place}, {size - 1}u);")
+    fits = size * share == target.threads
+    writer.line(f"uint {at} = {place if fits else f'metal::min({place}, {size - 1}u)'};")
     here, start = f"{at} % {length}u", f"{at} / {length}u * {length}u"
     if size == length:
         here, start = at, "0u"
@@ -364,8 +365,9 @@ def _rank(
     if share > 1:
         writer.line("simdgroup_barrier(mem_flags::mem_none);")
         writer.line(f"{rank} = simd_total({rank}, ushort({share // 2}));")
-    first = f"{place} < {size}u" + (f" && tid % {share}u == 0u" if share > 1 else "")
-    with writer.block(f"if ({first})"):
+    conditions = [] if fits else [f"{place} < {size}u"]
+    conditions += [f"tid % {share}u == 0u"] if share > 1 else []
+    with writer.block(f"if ({' && '.join(conditions) or 'true'})"):
         rank_index = variable(rank, length, writer.depth)
         store(writer, target, value, total(row, rank_index), mine.text)
 

@@ -323,8 +323,7 @@ def _finished(
     digest = sha256((writer.header + body).encode()).hexdigest()[:12]
     definition = Definition(
         name=f"tiny_{digest}",
-        # MLX takes no kernel without inputs; nothing reads this one.
-        input_names=tuple(used) or ("a0",),
+        input_names=tuple(used),
         output_names=tuple(f"o{number}" for number in range(len(outputs))),
         source=body,
         header=writer.header,
