@@ -15,7 +15,6 @@ from tiny_cases import agree, holds, looked_at, program_of
 from zmlx.graph.nodes import Node, Value
 from zmlx.graph.tiny import tiny_program as unseen_program
 
-
 BF16 = mx.bfloat16
 
 

@@ -34,11 +34,11 @@ inline T tiny_sigmoid(T x) {
 """
 _LARGER = """
 template <typename T>
-inline T tiny_larger(T a, T b) { return a != a || a > b ? a : b; }
+inline T tiny_larger(T a, T b) { return (a != a) | (a > b) ? a : b; }
 """
 _SMALLER = """
 template <typename T>
-inline T tiny_smaller(T a, T b) { return a != a || a < b ? a : b; }
+inline T tiny_smaller(T a, T b) { return (a != a) | (a < b) ? a : b; }
 """
 _REMAINDER = """
 template <typename T>

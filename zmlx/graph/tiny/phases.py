@@ -258,9 +258,11 @@ def _arg_fold(writer: Writer, node: Node, row: Index) -> str:
     with writer.block(f"for (ushort d = {_width(length) // 2}; d > 0; d >>= 1)"):
         writer.line(f"{word} other = simd_shuffle_xor({best}, d);")
         writer.line(f"uint place = simd_shuffle_xor({where}, d);")
-        with writer.block(f"if (other {sign} {best} || (other == {best} && place < {where}))"):
-            writer.line(f"{best} = other;")
-            writer.line(f"{where} = place;")
+        # No branches here: lanes have to stay together for the next exchange.
+        same = f"(other == {best}) & (place < {where})"
+        writer.line(f"bool better = (other {sign} {best}) | ({same});")
+        writer.line(f"{best} = better ? other : {best};")
+        writer.line(f"{where} = better ? place : {where};")
     return where
 
 
