@@ -152,7 +152,7 @@ def test_truth_values_and_comparisons():
 
 
 @pytest.mark.parametrize(
-    "given", (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8, mx.bool_), ids=str
+    "given", [mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8, mx.bool_], ids=str
 )
 def test_casts(given):
     x = (mx.abs(normal(40, scale=40)) if given == mx.uint8 else normal(40, scale=40)).astype(given)
@@ -196,7 +196,7 @@ def test_pieces_are_put_together():
     holds(function, normal(3, 5, 4), normal(3, 6, 4, seed=1))
 
 
-@pytest.mark.parametrize("dtype", (mx.float32, mx.bfloat16, mx.int32), ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int32], ids=str)
 def test_least_and_largest_are_exact(dtype):
     def function(x):
         return (
@@ -215,7 +215,7 @@ def test_least_and_largest_are_exact(dtype):
         holds(lambda x: (x.max(axis=-1), x.min(axis=-1)), special(dtype).reshape(2, 4))
 
 
-@pytest.mark.parametrize("shape", ((3, 40), (1, 1000), (2, 5, 3), (1, 8), (4, 257)), ids=str)
+@pytest.mark.parametrize("shape", [(3, 40), (1, 1000), (2, 5, 3), (1, 8), (4, 257)], ids=str)
 def test_sums(shape):
     def function(x):
         return (
@@ -264,8 +264,8 @@ def test_a_long_row_is_reduced_by_all_threads():
     holds(lambda x: x - x.mean(), normal(777), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("dtype", (mx.float32, mx.bfloat16, mx.int32, mx.uint8), ids=str)
-@pytest.mark.parametrize("shape", ((1, 128), (3, 7), (1, 1024), (5, 33)), ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int32, mx.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (3, 7), (1, 1024), (5, 33)], ids=str)
 def test_sorts_are_stable_and_nan_comes_last(dtype, shape):
     few = (3 * normal(*shape)).astype(mx.int32)  # many are equal
     x = mx.abs(few).astype(dtype)
@@ -323,7 +323,7 @@ def test_updates_along_an_axis():
     holds(lambda x, w: mx.put_along_axis(x, w, x[:, :2] * 2, axis=1), x, where)
 
 
-@pytest.mark.parametrize("dtype", (mx.float32, mx.int32), ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.int32], ids=str)
 def test_scans(dtype):
     def function(x):
         return (
@@ -340,7 +340,7 @@ def test_scans(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("padding", (0, 2))
+@pytest.mark.parametrize("padding", [0, 2])
 def test_short_convolutions(dtype, padding):
     weight = normal(40, 3, 1, dtype=dtype, seed=1)
     x = normal(2, 4, 40, dtype=dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from zmlx.backend import strict
 from zmlx.graph.nodes import Node, Value
 from zmlx.graph.tiny import TinyProgram, tiny_program
 
@@ -43,7 +44,19 @@ def traced(
 
 def program_of(function: Callable[..., object], *arrays: mx.array) -> TinyProgram:
     """Return a function of arrays as a program."""
-    return tiny_program(*traced(function, *arrays))
+    return looked_at(tiny_program(*traced(function, *arrays)))
+
+
+def looked_at(program: TinyProgram) -> TinyProgram:
+    """Assert that a program's kernel is Metal, for what clang and the strict rules see."""
+    found = strict.check(
+        program.definition,
+        input_dtypes=[value.dtype for value in program.reads],
+        input_shapes=[value.shape for value in program.reads],
+        output_dtypes=[value.dtype for value in program.outputs],
+    )
+    assert not found, "\n".join(str(diagnosis) for diagnosis in found)
+    return program
 
 
 def bits(array: mx.array) -> np.ndarray:

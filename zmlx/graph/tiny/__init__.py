@@ -5,8 +5,9 @@ lookups and its division are ten launches for 128 numbers. Here they are one, of
 The text follows from the graph: elementwise operations are inlined, views are arithmetic on
 indices, and what threads have to tell each other goes through threadgroup memory.
 
-Each result is rounded to its dtype as MLX's own kernel would, so elementwise operations, selections,
-indices and sorts are bit-identical to MLX on a GPU; sums run in float32 and are rounded once.
+Each result is rounded to its dtype as MLX's own kernel would, so elementwise operations,
+selections, indices and sorts are bit-identical to MLX on a GPU; sums run in float32 and are rounded
+once.
 """
 
 from zmlx.graph.tiny.program import TinyProgram, TooLarge, tiny_program

@@ -6,10 +6,10 @@ to wait at a barrier and to read it back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from zmlx.graph.nodes import Node, Value
-from zmlx.graph.tiny.elements import LAZY, VIEWS, reduced_length
+from zmlx.graph.tiny.elements import IN_ORDER, LAZY, VIEWS, reduced_length
 from zmlx.graph.tiny.elementwise import WORK
 from zmlx.graph.tiny.literals import WIDE
 
@@ -106,7 +106,7 @@ class Costs:
         if node.op == "Reduce":
             return reduced_length(node)
         if node.op == "ScatterAxis":
-            return node.inputs[1].shape[node.arguments[1]]
+            return node.inputs[1].shape[int(node.arguments[1])]
         if node.op == "Convolution":
             return node.inputs[1].shape[1]
         return 2 if node.op == "RoPE" else 1
@@ -122,23 +122,54 @@ class Costs:
         return -(-size // self._threads)
 
     def _readers(self, value: Value, outputs: Sequence[Value]) -> list[int]:
-        """Return for each stored value and output how often a thread computes `value` for it."""
+        """Return how often a thread computes a value: for all in its order, and for each other.
+
+        Who reads elements in the order in which they lie finds them in registers when they have
+        been computed before; so does who reads the only one.
+        """
         factors: dict[Value, int] = {value: 1}
-        found: list[int] = []
+        places = {value}
+        shared, found = 0, []
+        for node, end in self._ends(value, outputs, factors, places):
+            if node is None or self._is_lazy(node):
+                rounds = self._rounds(end.size) * factors[end]
+                in_place = end in places
+            else:
+                inner = max((v for v in node.inputs if v in factors), key=factors.__getitem__)
+                rounds = self._own_rounds(node) * factors[inner]
+                in_place = inner in places and inner.size == value.size
+            if in_place:
+                shared = max(shared, rounds)
+            else:
+                found.append(1 if value.size == 1 else rounds)
+        return [shared, *found]
+
+    def _ends(
+        self,
+        value: Value,
+        outputs: Sequence[Value],
+        factors: dict[Value, int],
+        places: set[Value],
+    ) -> Iterator[tuple[Node | None, Value]]:
+        """Follow a value to all that is stored or returned; note factors, and who is in place."""
         for node in self._nodes:
             times = max((factors.get(v, 0) for v in node.inputs), default=0)
             if not times or value in node.outputs:
                 continue
             if not self._is_lazy(node):
-                found.append(self._own_rounds(node) * times)
+                yield node, node.outputs[0]
                 continue
             for output in node.outputs:
+                factors[output] = times * self._times(node)
+                plain = node.op in IN_ORDER and output.size == value.size
+                if plain and any(v in places for v in node.inputs):
+                    places.add(output)
                 if output in self.stored:
-                    found.append(self._rounds(output.size) * times * self._times(node))
-                else:
-                    factors[output] = times * self._times(node)
-        ends = (v for v in outputs if v in factors and v not in self.stored)
-        return found + [self._rounds(v.size) * factors[v] for v in ends]
+                    yield node, output
+                    del factors[output]
+        for output in outputs:
+            if output in factors and output not in self.stored:
+                yield None, output
 
     def _own_rounds(self, node: Node) -> int:
         """Return how many elements of its input a thread of a collective operation reads."""

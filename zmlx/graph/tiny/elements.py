@@ -190,7 +190,7 @@ def _pad(writer: Writer, node: Node, number: int, at: _At) -> str:
 
 
 def _slice_update(writer: Writer, node: Node, number: int, at: _At) -> str:
-    starts = [start for start in node.arguments[1]]
+    starts = list(node.arguments[1])
     old = writer.element(node.inputs[0], at)
     return _boxed(writer, node.inputs[1], starts, at, old)
 
@@ -353,8 +353,7 @@ def _number_of_elements(writer: Writer, node: Node, number: int, at: _At) -> str
 
 
 def _rope(writer: Writer, node: Node, number: int, at: _At) -> str:
-    x = node.inputs[0]
-    dims, traditional = node.arguments[0], node.arguments[1]
+    x, dims = node.inputs[0], node.arguments[0]
     if _within(at[-1], 0, dims) is False:
         return writer.element(x, at)
     if _within(at[-1], 0, dims):
@@ -390,7 +389,7 @@ def _turned(writer: Writer, node: Node, at: _At, place: Index) -> str:
 
 
 def _angle(writer: Writer, node: Node, at: _At, pair: Index) -> str:
-    x, offset, *freqs = node.inputs
+    _, offset, *freqs = node.inputs
     dims, _, base, scale = node.arguments
     batch = (at[0],) if offset.size > 1 else (Index(),) * len(offset.shape)
     start = writer.element(offset, batch)
@@ -422,3 +421,7 @@ _FORMULAS.update(
 LAZY = frozenset((*_VIEWS, *_FORMULAS, *EXPRESSIONS, "DivMod"))
 #: Operations that only say where an element is.
 VIEWS = frozenset(_VIEWS)
+#: Operations whose elements lie in the order of those of their inputs of the same size.
+IN_ORDER = frozenset(
+    (*EXPRESSIONS, *(op for op, view in _VIEWS.items() if view in (_same_order, _same_place)))
+)

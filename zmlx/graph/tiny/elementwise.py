@@ -34,11 +34,11 @@ inline T tiny_sigmoid(T x) {
 """
 _LARGER = """
 template <typename T>
-inline T tiny_larger(T a, T b) { return a != a || a > b ? a : b; }
+inline T tiny_larger(T a, T b) { return (a != a) | (a > b) ? a : b; }
 """
 _SMALLER = """
 template <typename T>
-inline T tiny_smaller(T a, T b) { return a != a || a < b ? a : b; }
+inline T tiny_smaller(T a, T b) { return (a != a) | (a < b) ? a : b; }
 """
 _REMAINDER = """
 template <typename T>
@@ -224,6 +224,14 @@ def _view(o: Operands) -> str:
     return f"as_type<{type_name(o.result)}>({o[0]})"
 
 
+def _select(o: Operands) -> str:
+    first, second = o.names[1:]
+    if o.result in (mx.float16, mx.bfloat16):
+        # A constant and a variable of these are different types to a compiler.
+        first, second = (f"{type_name(o.result)}({name})" for name in (first, second))
+    return f"{o[0]} ? {first} : {second}"
+
+
 def _key(o: Operands) -> str:
     dtype = o.dtypes[0]
     kind = "float" if dtype in FLOATS else "int" if dtype in SIGNED else "uint"
@@ -280,7 +288,7 @@ EXPRESSIONS: dict[str, _Expression] = {
     "Power": _power,
     "Remainder": _remainder,
     "Round": _function("metal::rint", keeps_whole=True),
-    "Select": lambda o: f"{o[0]} ? {o[1]} : {o[2]}",
+    "Select": _select,
     "Sigmoid": _function("tiny_sigmoid"),
     "Sign": _sign,
     "SortKey": _key,

@@ -34,7 +34,7 @@ def literal(value: bool | int | float, dtype: mx.Dtype) -> str:
     if dtype in FLOATS:
         text = _float(float(value))
         return text if dtype == mx.float32 else f"{type_name(dtype)}({text})"
-    if dtype == mx.int32 and -(1 << 31) < int(value):
+    if dtype == mx.int32 and int(value) > -(1 << 31):
         return f"({int(value)})" if value < 0 else str(int(value))
     if dtype == mx.uint32:
         return f"{int(value)}u"

@@ -65,6 +65,11 @@ class Root:
     rows: int
     jobs: list[Value] = field(default_factory=list)
 
+    def like(self, kind: str, rows: int, value: Value) -> bool:
+        """Whether a value would be computed as those here are."""
+        same = (self.kind, self.rows) == (kind, rows)
+        return same and (kind != "flat" or self.jobs[0].size == value.size)
+
 
 def write(writer: Writer, target: Target, root: Root) -> None:
     """Write a root's part of the phase that is being written.
@@ -144,7 +149,7 @@ def _lane(writer: Writer) -> Index:
 
 
 def _positions(writer: Writer, length: int) -> Iterator[tuple[Index, str]]:
-    """Give each lane its elements of a row: their positions, and when they are counted, if not always.
+    """Give each lane its elements of a row: positions, and when they count, if not always.
 
     Rows of a power of two below 32 are given to several sets of lanes.
     """
@@ -253,9 +258,11 @@ def _arg_fold(writer: Writer, node: Node, row: Index) -> str:
     with writer.block(f"for (ushort d = {_width(length) // 2}; d > 0; d >>= 1)"):
         writer.line(f"{word} other = simd_shuffle_xor({best}, d);")
         writer.line(f"uint place = simd_shuffle_xor({where}, d);")
-        with writer.block(f"if (other {sign} {best} || (other == {best} && place < {where}))"):
-            writer.line(f"{best} = other;")
-            writer.line(f"{where} = place;")
+        # No branches here: lanes have to stay together for the next exchange.
+        same = f"(other == {best}) & (place < {where})"
+        writer.line(f"bool better = (other {sign} {best}) | ({same});")
+        writer.line(f"{best} = better ? other : {best};")
+        writer.line(f"{where} = better ? place : {where};")
     return where
 
 
@@ -340,7 +347,8 @@ def _rank(
     size, length = value.size, value.shape[-1]
     key = writer.name("k")
     at = writer.name("e")
-    writer.line(f"uint {at} = metal::min({place}, {size - 1}u);")
+    fits = size * share == target.threads
+    writer.line(f"uint {at} = {place if fits else f'metal::min({place}, {size - 1}u)'};")
     here, start = f"{at} % {length}u", f"{at} / {length}u * {length}u"
     if size == length:
         here, start = at, "0u"
@@ -359,8 +367,9 @@ def _rank(
     if share > 1:
         writer.line("simdgroup_barrier(mem_flags::mem_none);")
         writer.line(f"{rank} = simd_total({rank}, ushort({share // 2}));")
-    first = f"{place} < {size}u" + (f" && tid % {share}u == 0u" if share > 1 else "")
-    with writer.block(f"if ({first})"):
+    conditions = [] if fits else [f"{place} < {size}u"]
+    conditions += [f"tid % {share}u == 0u"] if share > 1 else []
+    with writer.block(f"if ({' && '.join(conditions) or 'true'})"):
         rank_index = variable(rank, length, writer.depth)
         store(writer, target, value, total(row, rank_index), mine.text)
 

@@ -19,9 +19,9 @@ from zmlx.graph.nodes import Node, Value
 from zmlx.graph.tiny.costs import Costs
 from zmlx.graph.tiny.literals import type_name
 from zmlx.graph.tiny.lowering import Lowering
+from zmlx.graph.tiny.phases import Target
 from zmlx.graph.tiny.refusals import MEMORY, refusal
 from zmlx.graph.tiny.schedule import Schedule, slots, threads_for, written
-from zmlx.graph.tiny.phases import Target
 from zmlx.graph.tiny.writer import Sources, Writer
 
 #: Most arrays that a kernel takes on Metal, outputs included; a few are left to MLX.
@@ -75,6 +75,7 @@ class TinyProgram:
         inputs: the values that a call takes.
         outputs: the values that it returns.
         definition: the kernel.
+        reads: the values that the kernel reads, constants among them, in its order.
         threads: of its only threadgroup.
         launches: 1.
     """
@@ -86,14 +87,15 @@ class TinyProgram:
         inputs: Sequence[Value],
         outputs: Sequence[Value],
         kernel: _Kernel,
-        constants: Sequence[mx.array],
+        constants: Mapping[Value, mx.array],
     ) -> None:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.definition = kernel.definition
         self.threads = kernel.threads
         self._used = kernel.used
-        self._constants = tuple(constants)
+        self._constants = tuple(constants.values())
+        self.reads = tuple((*self.inputs, *constants)[number] for number in kernel.used)
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Launch, lazily, where kernels run now.
@@ -171,7 +173,7 @@ def tiny_program(
     kernel = _KERNELS.get(structure)
     if kernel is None:
         kernel = _KERNELS.setdefault(structure, _generated(needed, given, outputs, numbers))
-    return TinyProgram(inputs, outputs, kernel, [constants[value] for value in arrays])
+    return TinyProgram(inputs, outputs, kernel, {value: constants[value] for value in arrays})
 
 
 def _needed(nodes: Sequence[Node], outputs: Sequence[Value]) -> list[Node]:
@@ -321,8 +323,7 @@ def _finished(
     digest = sha256((writer.header + body).encode()).hexdigest()[:12]
     definition = Definition(
         name=f"tiny_{digest}",
-        # MLX takes no kernel without inputs; nothing reads this one.
-        input_names=tuple(used) or ("a0",),
+        input_names=tuple(used),
         output_names=tuple(f"o{number}" for number in range(len(outputs))),
         source=body,
         header=writer.header,

@@ -59,12 +59,10 @@ class Schedule:
             self.phases.append([])
         phase = self.phases[ready]
         last = phase[-1] if phase else None
-        if kind == "flat" and last and last.kind == kind and last.jobs[0].size == value.size:
-            root = last
-        elif kind == "rows" and last and last.kind == kind and last.rows == rows:
+        root = Root(kind, rows)
+        if last and kind in ("flat", "rows") and last.like(kind, rows, value):
             root = last
         else:
-            root = Root(kind, rows)
             phase.append(root)
         self._put(value, root, ready)
         if kind == "block":
@@ -106,25 +104,29 @@ class Schedule:
         return [v for v in seen if v in self._sources.stored]
 
     def _joins(self, value: Value, needed: Sequence[Value], level: int) -> bool:
-        """Put a value to the rows that it depends on, if each needs only what is its own."""
+        """Put a value to the root that it depends on, if each thread needs only what is its own."""
         homes = {id(r): r for v in needed if self.levels[v] == level for r in [self._homes[v]]}
         root = next(iter(homes.values()))
-        if len(homes) > 1 or root.kind != "rows" or not self._fits(value, root):
+        if len(homes) > 1 or not self._fits(value, root):
             return False
         scratch = Writer(self._sources, self.levels)
         scratch.level, scratch.uniform = level, frozenset(self.uniform)
         try:
-            write(scratch, self._target, Root("rows", root.rows, [*root.jobs, value]))
+            write(scratch, self._target, Root(root.kind, root.rows, [*root.jobs, value]))
         except NotReadyError:
             return False
         self._put(value, root, level)
         return True
 
     def _fits(self, value: Value, root: Root) -> bool:
-        node, _ = self._sources.producers.get(value, (None, 0))
-        if value in self._sources.stored and node is not None and is_fold(node):
+        kind, _ = self._kind(value)
+        if root.kind == "flat":
+            return kind == "flat" and value.size == root.jobs[0].size
+        if root.kind != "rows" or kind not in ("flat", "rows"):
+            return False
+        if kind == "rows":
             return value.size == root.rows and value.dtype not in WIDE
-        if value.size % root.rows or (node is not None and node.op in ("Rank", "Scan")):
+        if value.size % root.rows:
             return False
         rounds = -(-root.rows // self._target.groups) * -(-value.size // (root.rows * SIMD))
         return rounds <= 4 * -(-value.size // self._target.threads) + 4

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from zmlx.graph.nodes import Node, Value
-from zmlx.graph.tiny.elementwise import HEADERS, REQUIRED
 from zmlx.graph.tiny.elements import element
+from zmlx.graph.tiny.elementwise import HEADERS, REQUIRED
 from zmlx.graph.tiny.index import Index, ravel, variable
 from zmlx.graph.tiny.literals import literal, type_name
 
