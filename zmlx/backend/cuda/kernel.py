@@ -9,6 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
+from zmlx.backend.cuda.files import in_files
 from zmlx.backend.cuda.source import Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
 
@@ -100,7 +101,7 @@ class _Variants:
         """Return the kernel of a variant."""
         kernel = self.kernels.get(variant)
         if kernel is None:
-            source = self._translation.source(variant)
+            source = in_files(self._translation.source(variant))
             definition = self._translation.definition
             made = mx.fast.cuda_kernel(
                 name=definition.name,

@@ -151,7 +151,7 @@ def format_of(weight: Weight) -> Format:
     mode, group_size, bits = weight.packing
     k = weight.columns
     bits = bits or weight.w.dtype.size * 8
-    run = _run(mode, bits, k)
+    run = _run(mode, bits)
     words = run * bits // 32
     share = min(run, group_size or run)
     sizes = _SIZES.format(
@@ -170,11 +170,11 @@ def format_of(weight: Weight) -> Format:
     return Format(text, run, words, steps, mode != "dense", mode == "affine")
 
 
-def _run(mode: str, bits: int, k: int) -> int:
-    """Return the weights of a load of 16 bytes where they fit, and else of a group."""
+def _run(mode: str, bits: int) -> int:
+    """Return the weights of 16 bytes, or as many as the smallest groups have."""
     if mode == "dense" or bits == 8:
         return max(8, 128 // bits)
-    return 32 if k % 32 == 0 else 16
+    return 32
 
 
 def _reading(weight: Weight, k: int, bits: int, words: int) -> str:
@@ -183,7 +183,7 @@ def _reading(weight: Weight, k: int, bits: int, words: int) -> str:
         return _READ_DENSE.format(type="W", bits=bits_type, put=_PUT[bits]).replace(
             "static", "template <typename W>\n  static"
         )
-    width = next(n for n in (4, 2, 1) if words % n == 0 and (k * bits // 32) % n == 0)
+    width = next(n for n in (4, 2, 1) if words % n == 0)
     return _READ[width].format()
 
 
