@@ -23,7 +23,7 @@ AFFINE = [("affine", group_size, bits) for group_size in GROUPS for bits in BITS
 PACKINGS = [*AFFINE, ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8), ("dense", 0, 0)]
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 #: float32 rounding of a sum, relative to the sum of its terms' sizes
-ROUNDING = 5e-7
+ROUNDING = 1e-7
 
 
 @pytest.fixture(autouse=True)
