@@ -28,7 +28,7 @@ from zmlx.kernels.vectors.products import (
     count,
     template,
 )
-from zmlx.kernels.vectors.sources import Combination, combination_definition
+from zmlx.kernels.vectors.sums import Combination, combination_definition
 from zmlx.kernels.vectors.tiling import combining
 from zmlx.kernels.vectors.weights import Weight, check_weight, result_dtype
 
@@ -39,7 +39,8 @@ def expert_products(
     """Multiply each vector with the weight of its expert.
 
     Args:
-        x: (..., k, K) float32, float16 or bfloat16.
+        x: (..., k, K) float32, float16 or bfloat16, or (..., K) for the same vector with each of
+            its k experts.
         indices: (..., k) integers from 0 to E - 1.
         weight: (E, N, K), its bias (E, N).
         compile: as of `products`.
@@ -52,13 +53,13 @@ def expert_products(
         ValueError: shapes that do not fit.
     """
     _check(x, (weight,), None, experts=True)
-    _check_indices(indices, x.shape[:-1], "x (..., k, K)")
+    own = x.ndim > indices.ndim
+    _check_indices(indices, x.shape[:-1] if own else _chosen(x, indices), "x (..., [k,] K)")
     compile = compile or compiler()
-    if compile is None:
-        return plain.product(plain.wide, x, weight, indices)
-    if _small(x, None, weight):
-        return plain.product(plain.stock, x, weight, indices)
-    return _launched(compile, x, (weight,), norm=None, eps=0, indices=indices, own=True)[0]
+    if compile is None or _small(x, None, weight):
+        multiply = plain.wide if compile is None else plain.stock
+        return plain.product(multiply, x if own else x[..., None, :], weight, indices)
+    return _launched(compile, x, (weight,), norm=None, eps=0, indices=indices, own=own)[0]
 
 
 def expert_gated_product(
@@ -92,7 +93,7 @@ def expert_gated_product(
         ValueError: an activation that is not known or needs a gate, or shapes that do not fit.
     """
     weights = check_gated(x, gate, up, activation, norm, experts=True)
-    _check_indices(indices, (*x.shape[:-1], indices.shape[-1] if indices.ndim else 0), "x (..., K)")
+    _check_indices(indices, _chosen(x, indices), "x (..., K)")
     compile = compile or compiler()
     if compile is None:
         return plain.gated(plain.wide, x[..., None, :], gate, up, activation, indices, norm, eps)
@@ -191,6 +192,11 @@ def _combined(
         threadgroup=(32 * layout.groups, 1, 1),
         template=template(down, **types),
     )[0]
+
+
+def _chosen(x: mx.array, indices: mx.array) -> tuple[int, ...]:
+    """Return the shape of indices for vectors (..., K): as many as there are for each."""
+    return (*x.shape[:-1], indices.shape[-1] if indices.ndim else 0)
 
 
 def _check_indices(indices: mx.array, shape: tuple[int, ...], what: str) -> None:

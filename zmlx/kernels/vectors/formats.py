@@ -53,7 +53,8 @@ _PUT = {
     16: "to[i / 2] = i % 2 ? to[i / 2] | bits << 16 : bits;",
     32: "to[i] = bits;",
 }
-# A value whose bits end below the 23rd needs no shift: 2^23 + q * 2^low, and the rest is exact.
+# A value whose bits end below the 23rd needs no shift: it becomes 2^23 + q * 2^low, from which its
+# middle is taken with the rest, exactly.
 _AFFINE = """
   static void values(const thread uint* words, int first, thread float* q) {{
 #pragma unroll
@@ -69,7 +70,7 @@ _AFFINE = """
       }}
       float unit = 1.0f / float(1 << low);
       v = (v & {mask}u << low) | 0x4b000000u;
-      q[i] = metal::fma(as_type<float>(v), unit, -8388608.0f * unit);
+      q[i] = metal::fma(as_type<float>(v), unit, -8388608.0f * unit - {middle}.0f);
     }}
   }}"""
 _FP4 = """
@@ -110,7 +111,9 @@ _FLOATS = """
 _E8M0 = "as_type<float>(s ? uint(s) << 23 : 0x00400000u) * {unit}"
 _E4M3 = "float(as_type<half>(ushort((s & 128) << 8 | (s & 127) << 7))) * {unit}"
 _SCALED = {
-    "affine": "return metal::fma(float(scale), sum, float(bias) * all);",
+    # Of values less their middle, with a bias for it: nothing large cancels.
+    "affine": "return metal::fma(float(scale), sum, metal::fma(float(scale), {middle}.0f, "
+    "float(bias)) * all);",
     "mxfp4": f"S s = scale; return {_E8M0.format(unit='16384.0f')} * sum;",
     "nvfp4": f"S s = scale; return {_E4M3.format(unit='4194304.0f')} * sum;",
     "mxfp8": f"S s = scale; return {_E8M0.format(unit='256.0f')} * sum;",
@@ -151,7 +154,7 @@ def format_of(weight: Weight) -> Format:
     mode, group_size, bits = weight.packing
     k = weight.columns
     bits = bits or weight.w.dtype.size * 8
-    run = _run(mode, bits, k)
+    run = _run(mode, bits)
     words = run * bits // 32
     share = min(run, group_size or run)
     sizes = _SIZES.format(
@@ -165,16 +168,16 @@ def format_of(weight: Weight) -> Format:
         biased=int(mode == "affine"),
     )
     text = sizes + _reading(weight, k, bits, words) + _values(weight, bits)
-    text += _RESULT.format(text=_SCALED[mode])
+    text += _RESULT.format(text=_SCALED[mode].format(middle=1 << bits - 1))
     steps = -(-k // (32 * run))
     return Format(text, run, words, steps, mode != "dense", mode == "affine")
 
 
-def _run(mode: str, bits: int, k: int) -> int:
-    """Return the weights of a load of 16 bytes where they fit, and else of a group."""
+def _run(mode: str, bits: int) -> int:
+    """Return the weights of 16 bytes, or as many as the smallest groups have."""
     if mode == "dense" or bits == 8:
         return max(8, 128 // bits)
-    return 32 if k % 32 == 0 else 16
+    return 32
 
 
 def _reading(weight: Weight, k: int, bits: int, words: int) -> str:
@@ -183,13 +186,13 @@ def _reading(weight: Weight, k: int, bits: int, words: int) -> str:
         return _READ_DENSE.format(type="W", bits=bits_type, put=_PUT[bits]).replace(
             "static", "template <typename W>\n  static"
         )
-    width = next(n for n in (4, 2, 1) if words % n == 0 and (k * bits // 32) % n == 0)
+    width = next(n for n in (4, 2, 1) if words % n == 0)
     return _READ[width].format()
 
 
 def _values(weight: Weight, bits: int) -> str:
     if weight.mode == "affine":
-        return _AFFINE.format(bits=bits, mask=(1 << bits) - 1)
+        return _AFFINE.format(bits=bits, mask=(1 << bits) - 1, middle=1 << bits - 1)
     if weight.mode == "dense":
         kind = {"bfloat16": "bfloat", "float16": "half", "float32": "float"}
         name = kind[str(weight.w.dtype).removeprefix("mlx.core.")]

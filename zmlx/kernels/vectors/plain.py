@@ -14,18 +14,30 @@ Multiply = Callable[..., mx.array]
 
 def stock(x: mx.array, weight: Weight, indices: mx.array | None = None) -> mx.array:
     """Multiply with MLX's own operations, which read packed weights; rounds as they do."""
-    w = weight.w
-    if weight.mode == "dense":
-        if indices is None:
-            return x @ w.T
-        y = mx.gather_mm(x[..., None, :], w.swapaxes(-1, -2), rhs_indices=indices)
-        return y.squeeze(-2)
-    packing = {"group_size": weight.group_size, "bits": weight.bits, "mode": weight.mode}
-    parts = (w, weight.scales, weight.biases)
-    if indices is None:
-        return mx.quantized_matmul(x, *parts, transpose=True, **packing)
-    y = mx.gather_qmm(x[..., None, :], *parts, rhs_indices=indices, transpose=True, **packing)
-    return y.squeeze(-2)
+    if indices is not None:
+        return gathered(x[..., None, :], weight, indices).squeeze(-2)
+    if weight.scales is None:
+        return x @ weight.w.T
+    mode, group_size, bits = weight.packing
+    parts = (weight.w, weight.scales, weight.biases)
+    return mx.quantized_matmul(x, *parts, group_size=group_size, bits=bits, mode=mode)
+
+
+def gathered(x: mx.array, weight: Weight, indices: mx.array) -> mx.array:
+    """Return x (..., M, K) @ w[indices].T by MLX's own operations."""
+    if weight.scales is None:
+        return mx.gather_mm(x, weight.w.swapaxes(-1, -2), rhs_indices=indices)
+    mode, group_size, bits = weight.packing
+    return mx.gather_qmm(
+        x,
+        weight.w,
+        weight.scales,
+        weight.biases,
+        rhs_indices=indices,
+        group_size=group_size,
+        bits=bits,
+        mode=mode,
+    )
 
 
 def wide(x: mx.array, weight: Weight, indices: mx.array | None = None) -> mx.array:

@@ -137,9 +137,7 @@ def gated_product(
     return _launched(compile, x, weights, activation=activation, norm=norm, eps=eps)[0]
 
 
-def _check(
-    x: mx.array, weights: Sequence[Weight], norm: mx.array | None, *, experts: bool
-) -> None:
+def _check(x: mx.array, weights: Sequence[Weight], norm: mx.array | None, *, experts: bool) -> None:
     check_floats(x=x)
     if x.ndim == 0:
         raise ValueError("x has no axes; it takes vectors, shape (..., K)")

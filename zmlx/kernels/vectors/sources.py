@@ -1,4 +1,4 @@
-"""From what is to be computed to a `Definition`: products of one launch, and weighted sums."""
+"""From products of one launch to their `Definition`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import mlx.core as mx
 from zmlx.backend.definition import Definition
 from zmlx.kernels.vectors import text
 from zmlx.kernels.vectors.formats import Format, format_of
-from zmlx.kernels.vectors.tiling import GROUPS, MOST, Combining, Tiling
+from zmlx.kernels.vectors.tiling import GROUPS, MOST, Tiling
 from zmlx.kernels.vectors.weights import Weight
 
-_PLACE = """\
+PLACE = """\
 uint lane = thread_index_in_simdgroup;
 uint group = simdgroup_index_in_threadgroup;
 uint block = threadgroup_position_in_grid.x;
@@ -104,10 +104,10 @@ def product_definition(product: Product) -> Definition:
         text.ERF if product.activation == "gelu" else "",
     ]
     outputs = [f"y{number}" for number in range(len(product.outputs))]
-    return _definition("product", names, outputs, _product_source(product), "".join(header))
+    return definition_of("product", names, outputs, _product_source(product), "".join(header))
 
 
-def _definition(
+def definition_of(
     what: str, names: Sequence[str], outputs: Sequence[str], source: str, header: str
 ) -> Definition:
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:12]
@@ -119,11 +119,11 @@ def _product_source(product: Product) -> str:
     count = product.matrices * tiling.rows * tiling.tokens
     return "".join(
         (
-            _PLACE,
+            PLACE,
             _memory(product),
             _matrices(product),
             _tokens(product),
-            f"Held<{_scale_type(product.format)}, {product.matrices * tiling.rows}> "
+            f"Held<{scale_type(product.format)}, {product.matrices * tiling.rows}> "
             f"held[{tiling.depth}];\n"
             f"uint set = group / {tiling.split}, part = group % {tiling.split};\n"
             f"uint row = (block * {product.sets} + set) * {tiling.rows};\n"
@@ -136,7 +136,7 @@ def _product_source(product: Product) -> str:
     )
 
 
-def _scale_type(form: Format) -> str:
+def scale_type(form: Format) -> str:
     return "S" if form.scaled else "uchar"
 
 
@@ -182,23 +182,23 @@ def _bias_pointer(product: Product) -> str:
 def _pointers(product: Product, number: int, name: str) -> str:
     """Declare w, scales and biases of a matrix, those of this threadgroup's expert."""
     form, weight = product.format, product.weights[number]
-    kind = _word_type(weight)
+    kind = word_type(weight)
     lines = [f"const device {kind}* w_{name} = (const device {kind}*)w{number}"]
     scales = f"scales{number}" if form.scaled else f"(const device uchar*)w{number}"
     biases = f"biases{number}" if form.biased else f"scales_{name}"
-    lines.append(f"const device {_scale_type(form)}* scales_{name} = {scales}")
-    lines.append(f"const device {_scale_type(form)}* biases_{name} = {biases}")
+    lines.append(f"const device {scale_type(form)}* scales_{name} = {scales}")
+    lines.append(f"const device {scale_type(form)}* biases_{name} = {biases}")
     if product.chosen:
-        lines[0] += f" + size_t(indices[launch]) * {weight.rows * _row(weight)}"
+        lines[0] += f" + size_t(indices[launch]) * {weight.rows * row_length(weight)}"
         if form.scaled:
-            lines[1] += f" + size_t(indices[launch]) * {weight.rows * _groups(weight)}"
+            lines[1] += f" + size_t(indices[launch]) * {weight.rows * scales_of_row(weight)}"
         if form.biased:
-            lines[2] += f" + size_t(indices[launch]) * {weight.rows * _groups(weight)}"
+            lines[2] += f" + size_t(indices[launch]) * {weight.rows * scales_of_row(weight)}"
     return "".join(f"{line};\n" for line in lines)
 
 
 def _assigned(product: Product, number: int) -> str:
-    form, kind = product.format, _word_type(product.weights[0])
+    form, kind = product.format, word_type(product.weights[0])
     lines = [f"w_0 = (const device {kind}*)w{number}"]
     lines += [f"scales_0 = scales{number}"] if form.scaled else []
     lines += [f"biases_0 = biases{number}"] if form.biased else []
@@ -206,20 +206,22 @@ def _assigned(product: Product, number: int) -> str:
     return "".join(f"  {line};\n" for line in lines)
 
 
-def _word_type(weight: Weight) -> str:
+def word_type(weight: Weight) -> str:
     return "W" if weight.mode == "dense" and weight.columns % 8 else "uint"
 
 
-def _row(weight: Weight) -> int:
+def row_length(weight: Weight) -> int:
     """Return the elements of a row, in the type in which it is read."""
     if weight.mode != "dense":
         return weight.w.shape[-1]
-    return weight.columns * (1 if _word_type(weight) == "W" else weight.w.dtype.size) // (
-        1 if _word_type(weight) == "W" else 4
+    return (
+        weight.columns
+        * (1 if word_type(weight) == "W" else weight.w.dtype.size)
+        // (1 if word_type(weight) == "W" else 4)
     )
 
 
-def _groups(weight: Weight) -> int:
+def scales_of_row(weight: Weight) -> int:
     return weight.columns // weight.group_size
 
 
@@ -273,7 +275,7 @@ for (uint turn = 1; turn <= {turns}; ++turn) {{
     uint step = part + {tiling.split} * ((turn - 1) % {chunks} * {tiling.depth} + d);
     if (step < Q::STEPS) {{
       use<{product.matrices * tiling.rows}, {tiling.tokens}>(
-          held[d], {x}, {"0" if tiling.staged else "first"}, step, lane, 1.0f, sums);
+          held[d], {x}, first, last, step, lane, 1.0f, sums);
     }}
   }}
   uint done = row;
@@ -343,120 +345,3 @@ def _results(product: Product) -> list[str]:
     if product.residual:
         lines.append("a = float(P(a)) + float(residual[to]);")
     return [*lines, f"{'y0' if product.activation else 'y'}[to] = O(a);"]
-
-
-@dataclass(frozen=True)
-class Combination:
-    """The weighted sum of the chosen experts' products, in one launch.
-
-    Attributes:
-        weight: the experts.
-        dtype: of the activations.
-        tokens: how many there are.
-        chosen: experts of each.
-        tiling: how it is dealt out.
-        shared: whether something is added to the sum.
-        residual: whether something is added to that.
-    """
-
-    weight: Weight
-    dtype: mx.Dtype
-    tokens: int
-    chosen: int
-    tiling: Combining
-    shared: bool = False
-    residual: bool = False
-
-
-def combination_definition(sum_of: Combination) -> Definition:
-    """Return the kernel of a weighted sum over experts.
-
-    Its inputs are h, indices, scores, what is there of w, scales, biases and bias, shared and
-    residual; of its template W and S are dtypes of w and scales, C that of the sum, D that of the
-    sum with the shared expert's output and O that of the output.
-    """
-    weight = sum_of.weight
-    form = format_of(weight)
-    names = ["h", "indices", "scores", *(f"{name}0" for name in weight.arrays())]
-    names += [name for name in ("shared", "residual") if getattr(sum_of, name)]
-    header = [
-        form.text,
-        text.reading(sum_of.dtype, weight.columns),
-        text.activations(sum_of.dtype, staged=False),
-        text.held(scaled=form.scaled, biased=form.biased),
-        text.USE,
-    ]
-    source = _PLACE + _terms(sum_of, form) + _summed(sum_of)
-    return _definition("combination", names, ["y"], source, "".join(header))
-
-
-def _terms(sum_of: Combination, form: Format) -> str:
-    tiling, weight, kind = sum_of.tiling, sum_of.weight, _word_type(sum_of.weight)
-    units = sum_of.chosen * form.steps
-    chunks = -(-units // (tiling.groups * tiling.depth))
-    scale = _scale_type(form)
-    scales = (
-        f"scales0 + expert * {weight.rows * _groups(weight)}"
-        if form.scaled
-        else "(const device uchar*)w0"
-    )
-    biases = f"biases0 + expert * {weight.rows * _groups(weight)}" if form.biased else "scales"
-    unit = (
-        f"    uint unit = group + {tiling.groups} * (chunk * {tiling.depth} + d);\n"
-        f"    if (unit < {units}) {{\n"
-        f"      uint term = launch * {sum_of.chosen} + unit / Q::STEPS;\n"
-        "      uint step = unit % Q::STEPS;\n"
-    )
-    return f"""\
-threadgroup float partial[{tiling.groups * tiling.rows}];
-uint row = block * {tiling.rows};
-float sums[{tiling.rows}];
-for (int i = 0; i < {tiling.rows}; ++i) sums[i] = 0.0f;
-for (uint chunk = 0; chunk < {chunks}; ++chunk) {{
-  Held<{scale}, {tiling.rows}> held[{tiling.depth}];
-#pragma unroll
-  for (int d = 0; d < {tiling.depth}; ++d) {{
-{unit}      size_t expert = indices[term];
-      const device {kind}* w = (const device {kind}*)w0 + expert * {weight.rows * _row(weight)};
-      const device {scale}* scales = {scales};
-      const device {scale}* biases = {biases};
-      load<{tiling.rows}>(held[d], 0, w, scales, biases, row, {weight.rows},
-          (step * 32 + lane) * Q::RUN);
-    }}
-  }}
-#pragma unroll
-  for (int d = 0; d < {tiling.depth}; ++d) {{
-{unit}      use<{tiling.rows}, 1>(held[d], h, term, step, lane, float(scores[term]), sums);
-    }}
-  }}
-}}
-"""
-
-
-def _summed(sum_of: Combination) -> str:
-    tiling, rows = sum_of.tiling, sum_of.weight.rows
-    lines = []
-    if sum_of.weight.bias is not None:
-        lines.append(f"for (uint j = launch * {sum_of.chosen}; j < (launch + 1) * {sum_of.chosen}; "
-                     f"++j) a += float(scores[j]) * float(bias0[size_t(indices[j]) * {rows} + n]);")  # fmt: skip
-    lines.append("a = float(C(float(M(a))));")
-    if sum_of.shared:
-        lines.append("a = float(D(a + float(shared[to])));")
-    if sum_of.residual:
-        lines.append("a += float(residual[to]);")
-    results = "".join(f"    {line}\n" for line in [*lines, "y[to] = O(a);"])
-    return f"""\
-simdgroup_barrier(mem_flags::mem_none);
-#pragma unroll
-for (int i = 0; i < {tiling.rows}; ++i) sums[i] = simd_sum(sums[i]);
-if (lane < {tiling.rows}) partial[group * {tiling.rows} + lane] = chosen<{tiling.rows}>(sums, lane);
-threadgroup_barrier(mem_flags::mem_threadgroup);
-if (group == 0 && lane < {tiling.rows}) {{
-  uint n = row + lane;
-  if (n < {rows}) {{
-    size_t to = size_t(launch) * {rows} + n;
-    float a = 0.0f;
-    for (uint g = 0; g < {tiling.groups}; ++g) a += partial[g * {tiling.rows} + lane];
-{results}  }}
-}}
-"""

@@ -113,8 +113,8 @@ def held(*, scaled: bool, biased: bool) -> str:
 #: Multiply what a lane holds with the activations of its columns.
 USE = """
 template <int COUNT, int TOKENS, typename S, typename X>
-inline void use(const thread Held<S, COUNT>& held, X x, size_t row, uint step, uint lane,
-    float factor, thread float* sums) {
+inline void use(const thread Held<S, COUNT>& held, X x, size_t row, size_t last, uint step,
+    uint lane, float factor, thread float* sums) {
 #pragma unroll
   for (int s = 0; s < Q::SHARES; ++s) {
     float parts[COUNT * TOKENS];
@@ -126,7 +126,7 @@ inline void use(const thread Held<S, COUNT>& held, X x, size_t row, uint step, u
       float xs[TOKENS * 8];
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
-        values8(x, row + t, t, step, p, lane, xs + 8 * t);
+        values8(x, metal::min(row + t, last), t, step, p, lane, xs + 8 * t);
         for (int i = 0; i < 8 * Q::BIASED; ++i) all[t] += xs[8 * t + i];
       }
 #pragma unroll

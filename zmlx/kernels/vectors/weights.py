@@ -85,6 +85,8 @@ def check_weight(name: str, weight: Weight, columns: int, *, experts: bool) -> N
         raise ValueError(
             f"{name} has {weight.columns} columns, x has {columns}; they must be the same"
         )
+    if weight.bits and columns % 32:
+        raise ValueError(f"{name} has {columns} columns; packed weights have a multiple of 32")
     grouped = (*weight.w.shape[:-1], columns // (weight.group_size or 1))
     for part in ("scales", "biases"):
         array = getattr(weight, part)
