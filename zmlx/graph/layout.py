@@ -103,9 +103,7 @@ def squeezed(at: Layout, axes: Ints) -> Layout:
     """Return the layout without axes of length 1."""
     kept = [axis for axis in range(len(at.shape)) if axis not in axes]
     shape, strides = ([of[axis] for axis in kept] for of in (at.shape, at.strides))
-    return Layout(
-        tuple(shape), tuple(strides), at.data_size, at.contiguous, at.rows, at.columns
-    )
+    return Layout(tuple(shape), tuple(strides), at.data_size, at.contiguous, at.rows, at.columns)
 
 
 def expanded(at: Layout, axes: Ints) -> Layout:
@@ -114,9 +112,7 @@ def expanded(at: Layout, axes: Ints) -> Layout:
     for axis in axes:
         shape.insert(axis, 1)
         strides.insert(axis, 1)
-    return Layout(
-        tuple(shape), tuple(strides), at.data_size, at.contiguous, at.rows, at.columns
-    )
+    return Layout(tuple(shape), tuple(strides), at.data_size, at.contiguous, at.rows, at.columns)
 
 
 def sliced(at: Layout, shape: Ints, steps: Ints) -> Layout:

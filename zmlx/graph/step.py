@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.graph.recording import kept
+
 
 @dataclass(frozen=True)
 class Step:
@@ -35,7 +37,8 @@ class Step:
             give a cache arrays that it did not have.
         """
         cache = copy.deepcopy(list(self.cache))
-        given = iter(arrays)
+        # A cache is written to in place, and these are the caller's.
+        given = iter(kept(arrays))
         _visit(cache, lambda _: next(given), set())
         logits = self.model(tokens, cache=cache)
         return [logits, *cache_arrays(cache)]
