@@ -140,6 +140,11 @@ def test_what_is_empty_launches_nothing() -> None:
     assert dispatches(graph, "cuda") == {}
 
 
+def test_an_operation_beyond_the_shapes_of_a_step_is_counted() -> None:
+    graph = fused(trace(lambda x: mx.logaddexp(mx.sin(x), mx.erf(x)), F))
+    assert dispatches(graph, "metal") == {"Compiled": 1}
+
+
 def test_fused_nodes_count_as_they_say() -> None:
     graph = trace(lambda x: mx.sin(x) + 1, F)
     (sine,) = (node for node in graph.nodes if node.op == "Sin")

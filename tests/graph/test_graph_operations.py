@@ -90,6 +90,12 @@ def test_a_step_changes_neither_its_cache_nor_what_it_is_given() -> None:
     assert_same(step(TOKEN, *step.arrays), first)
 
 
+def test_a_step_takes_as_many_arrays_as_its_cache_holds() -> None:
+    step = prefilled("llama", "float32")
+    with pytest.raises(ValueError, match=f"the cache holds {len(step.arrays)} arrays; got 1"):
+        step(TOKEN, step.arrays[0])
+
+
 def test_a_graph_runs_inside_compile() -> None:
     step = prefilled("qwen3_moe", "float32-4bit")
     graph = trace(step, TOKEN, *step.arrays)

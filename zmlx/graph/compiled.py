@@ -207,7 +207,7 @@ def _watched() -> Iterator[list[Call]]:
 
     def profile(frame: FrameType, event: str, result: Any) -> None:
         if event == "call" and not running and frame.f_code in codes:
-            running.append((frame, kept(_arrays(frame.f_locals))))
+            running.append((frame, kept(_arrays(dict(frame.f_locals)))))
         elif event == "return" and running and running[0][0] is frame:
             _, read = running.pop()
             calls.append(Call("", read, kept(_arrays(result)), (codes[frame.f_code],)))

@@ -38,8 +38,7 @@ class Step:
         """
         cache = copy.deepcopy(list(self.cache))
         # A cache is written to in place, and these are the caller's.
-        given = iter(kept(arrays))
-        _visit(cache, lambda _: next(given), set())
+        fill_cache(cache, kept(arrays))
         logits = self.model(tokens, cache=cache)
         return [logits, *cache_arrays(cache)]
 
@@ -54,6 +53,19 @@ def cache_arrays(cache: Sequence[Any]) -> list[mx.array]:
 
     _visit(list(cache), take, set())
     return found
+
+
+def fill_cache(cache: Sequence[Any], arrays: Sequence[mx.array]) -> None:
+    """Put arrays in place of those that caches hold, in the order of `cache_arrays`.
+
+    Raises:
+        ValueError: their number is another one.
+    """
+    held = len(cache_arrays(cache))
+    if held != len(arrays):
+        raise ValueError(f"the cache holds {held} arrays; got {len(arrays)}")
+    given = iter(arrays)
+    _visit(list(cache), lambda _: next(given), set())
 
 
 def _visit(value: Any, change: Callable[[mx.array], mx.array], seen: set[int]) -> Any:
