@@ -42,15 +42,19 @@ def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def install() -> None:
-    """Let `mx.vmap` leave a mark while it traces; the second call does nothing."""
-    stock = mx.vmap
+def marking(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `mx.vmap` as one that leaves a mark while it traces; as it is, if it does already."""
     if getattr(stock, "__zmlx__", False):
-        return
+        return stock
 
     @functools.wraps(stock)
     def vmap(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return stock(_marked(fun), *args, **kwargs)
 
     vmap.__zmlx__ = True  # type: ignore[attr-defined]
-    mx.vmap = vmap
+    return vmap
+
+
+def install() -> None:
+    """Let `mx.vmap` leave a mark while it traces; the second call does nothing."""
+    mx.vmap = marking(mx.vmap)

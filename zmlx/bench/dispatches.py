@@ -42,13 +42,18 @@ def hollow(model: nn.Module) -> nn.Module:
     import mlx.core as mx  # noqa: PLC0415
     from mlx.utils import tree_map  # noqa: PLC0415
 
-    def zeros(parameter: mx.array) -> mx.array:
-        return mx.broadcast_to(mx.zeros((), parameter.dtype), parameter.shape)
-
-    model.update(tree_map(zeros, model.parameters()))
+    model.update(tree_map(_zeros, model.parameters()))
     held = [value for _, module in model.named_modules() for value in module.values()]
     mx.eval([value for value in held if isinstance(value, mx.array)])
     return model
+
+
+def _zeros(like: mx.array) -> mx.array:
+    import mlx.core as mx  # noqa: PLC0415
+
+    zeros = mx.broadcast_to(mx.zeros((), like.dtype), like.shape)
+    mx.eval(zeros)
+    return zeros
 
 
 def stock_graph(model: nn.Module, context: int = CONTEXT) -> Graph:
@@ -65,10 +70,12 @@ def stock_graph(model: nn.Module, context: int = CONTEXT) -> Graph:
     from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
 
     from zmlx.graph.compiled import fused, trace_compiled  # noqa: PLC0415
-    from zmlx.graph.step import Step  # noqa: PLC0415
+    from zmlx.graph.step import Step, cache_arrays, fill_cache  # noqa: PLC0415
 
     cache = make_prompt_cache(model)
     model(mx.zeros((1, context), mx.int32), cache=cache)
+    # What the cache holds has its shape now; nothing may compute it.
+    fill_cache(cache, [_zeros(array) for array in cache_arrays(cache)])
     step = Step(model, cache)
 
     def decoded(token: mx.array, *arrays: mx.array) -> list[mx.array]:

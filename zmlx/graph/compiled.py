@@ -8,10 +8,11 @@ joins. The result is for counting kernels; it cannot be run.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import mlx.core as mx
@@ -19,27 +20,76 @@ from mlx.utils import tree_flatten
 
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.recording import Call, kept
-from zmlx.graph.trace import in_order, trace_with
+from zmlx.graph.trace import Region, in_order, trace_with
 
 #: What MLX 0.32.4 fuses: operations on one element each, and broadcasts that lead to them.
 _FUSABLE = frozenset(
-    """Abs Add ArcCos ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary BitwiseInvert
-    Broadcast Ceil Conjugate Cos Cosh Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual
-    Imag Less LessEqual Log Log1p LogAddExp LogicalAnd LogicalNot LogicalOr Maximum Minimum Multiply
-    Negative NotEqual Power Real Remainder Round Select Sigmoid Sign Sin Sinh Sqrt Square Subtract
-    Tan Tanh""".split()
+    [
+        "Abs",
+        "Add",
+        "ArcCos",
+        "ArcSin",
+        "ArcSinh",
+        "ArcTan",
+        "ArcTan2",
+        "ArcTanh",
+        "AsType",
+        "BitwiseBinary",
+        "BitwiseInvert",
+        "Broadcast",
+        "Ceil",
+        "Conjugate",
+        "Cos",
+        "Cosh",
+        "Divide",
+        "Equal",
+        "Erf",
+        "ErfInv",
+        "Exp",
+        "Expm1",
+        "Floor",
+        "Greater",
+        "GreaterEqual",
+        "Imag",
+        "Less",
+        "LessEqual",
+        "Log",
+        "Log1p",
+        "LogAddExp",
+        "LogicalAnd",
+        "LogicalNot",
+        "LogicalOr",
+        "Maximum",
+        "Minimum",
+        "Multiply",
+        "Negative",
+        "NotEqual",
+        "Power",
+        "Real",
+        "Remainder",
+        "Round",
+        "Select",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+        "Sqrt",
+        "Square",
+        "Subtract",
+        "Tan",
+        "Tanh",
+    ]
 )
 #: How deep a fused operation may be, and how many arrays it may read.
 _DEPTH = 11
 _ARRAYS = 24
 
 
-def trace_compiled(
-    function: Callable[..., Any], *arrays: mx.array
-) -> tuple[Graph, list[tuple[tuple[Value, ...], tuple[Value, ...]]]]:
-    """Trace a function, and return what the compiled functions in it read and return.
+def trace_compiled(function: Callable[..., Any], *arrays: mx.array) -> tuple[Graph, list[Region]]:
+    """Trace a function, and return which parts of the graph are compiled functions.
 
-    Only the outermost of compiled functions that call each other counts, as for MLX.
+    Only the outermost of compiled functions that call each other counts, as for MLX. The argument
+    of a region says whether its function is compiled without shapes.
 
     Raises:
         TraceError: as for `trace`.
@@ -47,27 +97,26 @@ def trace_compiled(
     return trace_with(_watched, function, *arrays)
 
 
-def fused(
-    graph: Graph, regions: Iterable[tuple[Sequence[Value], Sequence[Value]]] | None = None
-) -> Graph:
+def fused(graph: Graph, regions: Iterable[Region] | None = None) -> Graph:
     """Return a graph with nodes "Compiled" in place of what MLX fuses.
 
     The first argument of such a node are the names of what was fused.
 
     Args:
         graph: as traced.
-        regions: what each compiled function reads and returns; by default the graph is one.
+        regions: the compiled functions; by default the whole graph is one.
     """
     if regions is None:
-        regions = [(graph.inputs, graph.outputs)]
+        regions = [Region(graph.inputs, graph.outputs, (False,))]
     producers = dict(graph.producers)
-    for inputs, outputs in regions:
-        producers.update(_joined(graph, inputs, outputs))
+    for region in regions:
+        producers.update(_joined(graph, region))
     return graph.with_nodes(in_order(producers, graph.outputs))
 
 
-def _joined(graph: Graph, inputs: Sequence[Value], outputs: Sequence[Value]) -> dict[Value, Node]:
+def _joined(graph: Graph, region: Region) -> dict[Value, Node]:
     """Return the fused nodes of a compiled function, by the values that they make."""
+    inputs, outputs, (shapeless,) = region
     held = {value: node for value, node in graph.producers.items() if value not in set(inputs)}
     tape = in_order(held, outputs)
     made = {value: node for node in tape for value in node.outputs}
@@ -80,7 +129,7 @@ def _joined(graph: Graph, inputs: Sequence[Value], outputs: Sequence[Value]) -> 
     for root in reversed(tape):
         if root in taken or root.op not in _FUSABLE or root.op == "Broadcast":
             continue
-        inner = _reached(root, made, readers, set(outputs))
+        inner = _reached(root, made, readers, set(outputs), shapeless)
         if len(inner) == 1:
             continue
         fresh = _node(root, inner, made, set(outputs))
@@ -96,8 +145,12 @@ def _reached(
     made: dict[Value, Node],
     readers: dict[Value, list[Node]],
     outputs: set[Value],
+    shapeless: bool,
 ) -> set[Node]:
-    """Return the nodes that are fused with the one whose value is wanted."""
+    """Return the nodes that are fused with the one whose value is wanted.
+
+    Without shapes, every input of an operation of several is broadcast, which counts as depth.
+    """
     inner: set[Node] = set()
     read: set[Value] = set()
 
@@ -124,8 +177,10 @@ def _reached(
         if len(read) >= _ARRAYS:
             return
         inner.add(node)
+        several = shapeless and len(node.inputs) > 1
         for below in node.inputs:
-            visit(below, depth + 1)
+            bare = below not in made or made[below].op != "Broadcast"
+            visit(below, depth + (2 if several and bare else 1))
 
     visit(root.outputs[0], 0)
     return inner or {root}
@@ -148,14 +203,14 @@ def _watched() -> Iterator[list[Call]]:
     """
     codes = _compiled_codes()
     calls: list[Call] = []
-    open_frames: list[tuple[FrameType, tuple[mx.array, ...]]] = []
+    running: list[tuple[FrameType, tuple[mx.array, ...]]] = []
 
     def profile(frame: FrameType, event: str, result: Any) -> None:
-        if event == "call" and not open_frames and frame.f_code in codes:
-            open_frames.append((frame, kept(_arrays(frame.f_locals))))
-        elif event == "return" and open_frames and open_frames[0][0] is frame:
-            _, read = open_frames.pop()
-            calls.append(Call("", read, kept(_arrays(result)), ()))
+        if event == "call" and not running and frame.f_code in codes:
+            running.append((frame, kept(_arrays(dict(frame.f_locals)))))
+        elif event == "return" and running and running[0][0] is frame:
+            _, read = running.pop()
+            calls.append(Call("", read, kept(_arrays(result)), (codes[frame.f_code],)))
 
     before = sys.getprofile()
     sys.setprofile(profile)
@@ -166,19 +221,29 @@ def _watched() -> Iterator[list[Call]]:
 
 
 def _arrays(value: Any) -> tuple[mx.array, ...]:
-    return tuple(leaf for _, leaf in tree_flatten(value) if isinstance(leaf, mx.array))
+    named: Any = tree_flatten(value)
+    return tuple(leaf for _, leaf in named if isinstance(leaf, mx.array))
 
 
-def _compiled_codes() -> set[CodeType]:
-    """Return the code of every Python function that is compiled now, in the whole process."""
+def _compiled_codes() -> dict[CodeType, bool]:
+    """Return the code of every Python function that is compiled now, in the whole process.
+
+    And whether it is compiled without shapes, which MLX does not tell: its decorator is read.
+    """
     wrapper = type(mx.compile(_arrays))
-    codes: set[CodeType] = set()
+    found: dict[CodeType, bool] = {}
     for candidate in gc.get_objects():
         if type(candidate) is wrapper:
             # What gradients and checkpoints return has the same type; mlx-lm's steps have none.
-            codes.update(
-                inner.__code__
-                for inner in gc.get_referents(candidate)
-                if hasattr(inner, "__code__")
-            )
-    return codes
+            for inner in gc.get_referents(candidate):
+                if isinstance(inner, FunctionType):
+                    found[inner.__code__] = _is_shapeless(inner)
+    return found
+
+
+def _is_shapeless(function: FunctionType) -> bool:
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return False
+    return "shapeless=True" in source.partition("def ")[0]

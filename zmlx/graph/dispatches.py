@@ -24,6 +24,7 @@ from zmlx.graph import layout
 from zmlx.graph.layout import Layout
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import FUSED, emit
+from zmlx.graph.recording import Attention, Rope
 from zmlx.graph.reductions import reduction_launches
 from zmlx.graph.trace import trace_plain
 
@@ -317,7 +318,7 @@ def _is_matrix(at: Layout) -> bool:
 
 def _rope(call: _Call) -> Counted:
     at, value = call.at[0], call.node.inputs[0]
-    partial = call.node.arguments.dims < at.shape[-1]  # type: ignore[attr-defined]
+    partial = Rope(*call.node.arguments).dims < at.shape[-1]
     taken = call.place.donatable(value)
     if call.place.cuda:
         lies_well = len(at.shape) <= 4 or at.rows
@@ -341,14 +342,14 @@ def _attention(call: _Call) -> Counted:
 
 def _attention_cuda(call: _Call) -> Counted:
     q, k, v, *_ = call.at
-    arguments = call.node.arguments
+    arguments = Attention(*call.node.arguments)
     width, length = q.shape[-1], q.shape[2]
     vector = width == v.shape[-1] and width in (64, 96, 128) and length < 4
-    if not vector or arguments.has_mask:  # type: ignore[attr-defined]
+    if not vector or arguments.has_mask:
         return _unfused(call)
     half = call.node.inputs[0].dtype in (mx.float16, mx.bfloat16)
     if half and length == 1 and k.shape[2] >= 256 and _in_cache(k) and _in_cache(v):
-        sinks = arguments.has_sinks and call.node.inputs[-1].dtype != mx.float32  # type: ignore[attr-defined]
+        sinks = arguments.has_sinks and call.node.inputs[-1].dtype != mx.float32
         return 1 + sinks, call.new()
     copied = (not _lies_as_query(q)) + (not _lies_as_keys(k)) + (not _lies_as_keys(v))
     return copied + (2 if k.shape[2] > 1024 else 1), _heads_last(call)

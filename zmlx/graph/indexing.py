@@ -88,7 +88,8 @@ def _scatter(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array | None:
 def _scatter_axis(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array | None:
     kind, axis = state
     # There is no sum along an axis in Python.
-    return mx.put_along_axis(*inputs, axis=axis) if kind == 1 else None
+    array, indices, values = inputs
+    return mx.put_along_axis(array, indices, values, axis) if kind == 1 else None
 
 
 #: Name of a primitive -> how to run it: (state, inputs, outputs) -> the array; None if it cannot.
@@ -96,7 +97,7 @@ INDEXING = {
     "DynamicSlice": _dynamic_slice,
     "DynamicSliceUpdate": _dynamic_slice_update,
     "Gather": _gather,
-    "GatherAxis": lambda state, inputs, _: mx.take_along_axis(*inputs, axis=state[0]),
+    "GatherAxis": lambda state, inputs, _: mx.take_along_axis(inputs[0], inputs[1], state[0]),
     "Scatter": _scatter,
     "ScatterAxis": _scatter_axis,
     "Slice": _slice,

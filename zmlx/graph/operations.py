@@ -12,8 +12,10 @@ from zmlx.graph.indexing import INDEXING
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.recording import Attention, Norm, Packing, Rope
 
+#: The arrays that a node reads. (Unpacked, a sequence fits none of MLX's declarations.)
+Inputs = Any
 #: Runs a node: its arguments, its inputs, the values that it makes -> the arrays.
-Operation = Callable[[tuple[Any, ...], Sequence[mx.array], Sequence[Value]], Any]
+Operation = Callable[[Any, Inputs, Sequence[Value]], Any]
 
 #: What the names of fused operations begin with.
 FUSED = "Fused"
@@ -110,7 +112,7 @@ def _last_axis(function: Callable[..., mx.array]) -> Operation:
 
 
 #: Without state; with one, they are chosen by it below.
-_PLAIN = {
+_PLAIN: dict[str, Callable[..., Any]] = {
     "Abs": mx.abs,
     "Add": mx.add,
     "ArcCos": mx.arccos,
@@ -167,7 +169,13 @@ _PLAIN = {
 }
 
 # The numbers of MLX's enumerations, in their order.
-_BITWISE = (mx.bitwise_and, mx.bitwise_or, mx.bitwise_xor, mx.left_shift, mx.right_shift)
+_BITWISE: tuple[Callable[..., Any], ...] = (
+    mx.bitwise_and,
+    mx.bitwise_or,
+    mx.bitwise_xor,
+    mx.left_shift,
+    mx.right_shift,
+)
 _REDUCE = (mx.all, mx.any, mx.sum, mx.prod, mx.min, mx.max)
 _ARG_REDUCE = (mx.argmin, mx.argmax)
 _SCAN = (mx.cummax, mx.cummin, mx.cumsum, mx.cumprod, mx.logcumsumexp)
@@ -176,39 +184,44 @@ _LOG = (mx.log2, mx.log10, mx.log)
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 
-def _reduce(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _reduce(state: Any, inputs: Inputs, _: Any) -> mx.array:
     kind, axes = state
     return _REDUCE[kind](inputs[0], axis=tuple(axes), keepdims=True)
 
 
-def _arg_reduce(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _arg_reduce(state: Any, inputs: Inputs, _: Any) -> mx.array:
     kind, axis = state
     return _ARG_REDUCE[kind](inputs[0], axis=axis, keepdims=True)
 
 
-def _scan(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _scan(state: Any, inputs: Inputs, _: Any) -> mx.array:
     kind, axis, reverse, inclusive = state
     return _SCAN[kind](inputs[0], axis=axis, reverse=reverse, inclusive=inclusive)
 
 
-def _equal(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _equal(state: Any, inputs: Inputs, _: Any) -> mx.array:
     (equal_nan,) = state
     same = mx.equal(*inputs)
     return same | (mx.isnan(inputs[0]) & mx.isnan(inputs[1])) if equal_nan else same
 
 
-def _addmm(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _arange(state: Any, _: Any, outputs: Sequence[Value]) -> mx.array:
+    start, stop, step = state
+    return mx.arange(start, stop, step, dtype=outputs[0].dtype)
+
+
+def _addmm(state: Any, inputs: Inputs, _: Any) -> mx.array:
     a, b, c = inputs
     alpha, beta = state
     return mx.addmm(c, a, b, alpha, beta)
 
 
-def _depends(_: Any, inputs: Sequence[mx.array], outputs: Sequence[Value]) -> list[mx.array]:
+def _depends(_: Any, inputs: Inputs, outputs: Sequence[Value]) -> Any:
     count = len(outputs)
     return mx.depends(list(inputs[:count]), list(inputs[count:]))
 
 
-def _pad(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _pad(state: Any, inputs: Inputs, _: Any) -> mx.array:
     array, value = inputs
     widths = [(0, 0)] * array.ndim
     for axis, low, high in zip(*state, strict=True):
@@ -216,10 +229,12 @@ def _pad(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
     return mx.pad(array, widths, constant_values=value)
 
 
-def _convolution(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _convolution(state: Any, inputs: Inputs, _: Any) -> mx.array:
     stride, low, high, kernel_dilation, input_dilation, groups, flip = state
+    array, weight = inputs
     return mx.conv_general(
-        *inputs,
+        array,
+        weight,
         stride=list(stride),
         padding=(list(low), list(high)),
         kernel_dilation=list(kernel_dilation),
@@ -229,22 +244,28 @@ def _convolution(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
     )
 
 
-def _quantized_matmul(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _quantized_matmul(state: Any, inputs: Inputs, _: Any) -> mx.array:
     group_size, bits, mode, transpose = state
+    x, w, scales, *biases = inputs
     return mx.quantized_matmul(
-        *inputs, transpose=transpose, group_size=group_size, bits=bits, mode=MODES[mode]
+        x,
+        w,
+        scales,
+        biases[0] if biases else None,
+        transpose=transpose,
+        group_size=group_size,
+        bits=bits,
+        mode=MODES[mode],
     )
 
 
-def _indices(
-    lhs: mx.array, rhs: mx.array, left_sorted: bool, right_sorted: bool
-) -> dict[str, mx.array | bool]:
+def _indices(lhs: mx.array, rhs: mx.array, left_sorted: bool, right_sorted: bool) -> Any:
     """Return the arguments that give a gathered product its indices and what is sorted in them.
 
     MLX takes those on one side as sorted when the ones on the other side are left out; what it then
     puts there is what the traced call got.
     """
-    chosen: dict[str, mx.array | bool] = {"sorted_indices": left_sorted or right_sorted}
+    chosen: dict[str, Any] = {"sorted_indices": left_sorted or right_sorted}
     if not right_sorted:
         chosen["lhs_indices"] = lhs
     if not left_sorted or right_sorted:
@@ -252,16 +273,19 @@ def _indices(
     return chosen
 
 
-def _gather_mm(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _gather_mm(state: Any, inputs: Inputs, _: Any) -> mx.array:
     a, b, lhs, rhs = inputs
     return mx.gather_mm(a, b, **_indices(lhs, rhs, *state))
 
 
-def _gather_qmm(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _gather_qmm(state: Any, inputs: Inputs, _: Any) -> mx.array:
     group_size, bits, mode, transpose, *is_sorted = state
-    *operands, lhs, rhs = inputs
+    x, w, scales, *biases, lhs, rhs = inputs
     return mx.gather_qmm(
-        *operands,
+        x,
+        w,
+        scales,
+        biases[0] if biases else None,
         **_indices(lhs, rhs, *is_sorted),
         transpose=transpose,
         group_size=group_size,
@@ -270,29 +294,32 @@ def _gather_qmm(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array:
     )
 
 
-def _block_masked_mm(state: Any, inputs: Sequence[mx.array], _: Any) -> mx.array | None:
+def _block_masked_mm(state: Any, inputs: Inputs, _: Any) -> mx.array | None:
     # With masks for the operands, too, their number does not say which ones are there.
-    return mx.block_masked_mm(*inputs, block_size=state[0]) if len(inputs) == 3 else None
+    if len(inputs) != 3:
+        return None
+    a, b, mask = inputs
+    return mx.block_masked_mm(a, b, state[0], mask)
 
 
-def _split(state: Any, inputs: Sequence[mx.array], _: Any) -> list[mx.array]:
+def _split(state: Any, inputs: Inputs, _: Any) -> Any:
     indices, axis = state
     return mx.split(inputs[0], list(indices), axis=axis)
 
 
-def _rms_norm(state: Norm, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _rms_norm(state: Norm, inputs: Inputs, _: Any) -> mx.array:
     x, *rest = inputs
     return mx.fast.rms_norm(x, rest[0] if rest else None, state.eps)
 
 
-def _layer_norm(state: Norm, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _layer_norm(state: Norm, inputs: Inputs, _: Any) -> mx.array:
     x, *rest = inputs
     weight = rest.pop(0) if state.has_weight else None
     bias = rest.pop(0) if state.has_bias else None
     return mx.fast.layer_norm(x, weight, bias, state.eps)
 
 
-def _rope(state: Rope, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _rope(state: Rope, inputs: Inputs, _: Any) -> mx.array:
     x, offset, *freqs = inputs
     return mx.fast.rope(
         x,
@@ -305,14 +332,14 @@ def _rope(state: Rope, inputs: Sequence[mx.array], _: Any) -> mx.array:
     )
 
 
-def _attention(state: Attention, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _attention(state: Attention, inputs: Inputs, _: Any) -> mx.array:
     q, k, v, *rest = inputs
     mask = rest.pop(0) if state.has_mask else "causal" if state.causal else None
     sinks = rest.pop(0) if state.has_sinks else None
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=state.scale, mask=mask, sinks=sinks)
 
 
-def _quantize_weights(state: Packing, inputs: Sequence[mx.array], _: Any) -> Sequence[mx.array]:
+def _quantize_weights(state: Packing, inputs: Inputs, _: Any) -> Sequence[mx.array]:
     w, *rest = inputs
     return mx.quantize(
         w,
@@ -323,7 +350,7 @@ def _quantize_weights(state: Packing, inputs: Sequence[mx.array], _: Any) -> Seq
     )
 
 
-def _dequantize_weights(state: Packing, inputs: Sequence[mx.array], _: Any) -> mx.array:
+def _dequantize_weights(state: Packing, inputs: Inputs, _: Any) -> mx.array:
     w, scales, *rest = inputs
     return mx.dequantize(
         w,
@@ -342,7 +369,7 @@ _OPERATIONS: dict[str, Operation] = {
     **{name: _plain(function) for name, function in _PLAIN.items()},
     **INDEXING,
     "AddMM": _addmm,
-    "Arange": lambda state, _, outputs: mx.arange(*state, dtype=outputs[0].dtype),
+    "Arange": _arange,
     "ArgPartition": _with(mx.argpartition, "kth", "axis"),
     "ArgReduce": _arg_reduce,
     "ArgSort": _with(mx.argsort, "axis"),

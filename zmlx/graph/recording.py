@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
+
+from zmlx.backend.vmapping import inside_vmap, marking
 
 #: One trace at a time: what it puts into `mlx.core` is for the whole process.
 _LOCK = threading.Lock()
@@ -66,6 +68,40 @@ class Packing(NamedTuple):
     has_biases: bool
     has_global_scale: bool
     dtype: mx.Dtype | None = None
+
+
+#: What a primitive reads: a value of a graph.
+V = TypeVar("V")
+
+
+def own_form(
+    op: str, inputs: tuple[V, ...], arguments: tuple[Any, ...], dimensions: Callable[[V], int]
+) -> tuple[tuple[V, ...], tuple[Any, ...]]:
+    """Return inputs and arguments of a primitive as the classes above have them.
+
+    That is where a GPU's primitive was traced without being recorded. MLX gives it the number 1 for
+    a weight and 0 for a bias that is not there.
+
+    Args:
+        op: the primitive's name.
+        inputs: what it reads.
+        arguments: its state in MLX.
+        dimensions: tells the number of axes of an input.
+    """
+    if op in ("RMSNorm", "LayerNorm"):
+        x, *rest = inputs
+        given = [dimensions(value) > 0 for value in rest]
+        kept_ones = tuple(value for value, there in zip(rest, given, strict=True) if there)
+        return (x, *kept_ones), Norm(arguments[0], *given)
+    if op == "RoPE" and arguments[-1]:
+        dims, traditional, base, scale, _ = arguments
+        freqs = len(inputs) == 3
+        return inputs, Rope(dims, traditional, None if freqs else base, scale, freqs)
+    if op == "ScaledDotProductAttention":
+        scale, causal, has_sinks, *_ = arguments
+        has_mask = len(inputs) - has_sinks > 3
+        return inputs, Attention(scale, causal, has_mask, has_sinks)
+    return inputs, arguments
 
 
 @dataclass(frozen=True)
@@ -214,7 +250,7 @@ class Recorder:
         """Return what stands for a function of MLX's while a trace runs."""
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
+            if threading.get_ident() != self._thread or inside_vmap():
                 return original(*args, **kwargs)
             # Checks the arguments with MLX's own words; it is not computed, for nobody reads it.
             result = original(*args, **kwargs)
@@ -236,12 +272,14 @@ class Recorder:
 def recorded(seed: mx.array) -> Iterator[Recorder]:
     """Record calls of this thread until the block ends; `mlx.core` is then as it was."""
     with _LOCK:
-        recorder = Recorder(seed)
+        recorder, vmap = Recorder(seed), mx.vmap
         originals = [(module, name, getattr(module, name)) for module, name, _ in _RECORDED]
         try:
             for (module, name, original), (*_, describe) in zip(originals, _RECORDED, strict=True):
                 setattr(module, name, recorder.recording(original, describe))
+            mx.vmap = marking(vmap)
             yield recorder
         finally:
+            mx.vmap = vmap
             for module, name, original in originals:
                 setattr(module, name, original)

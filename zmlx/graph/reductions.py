@@ -34,7 +34,7 @@ def reduction_launches(at: Layout, axes: Sequence[int], made: int, *, cuda: bool
     twice = everything and at.size > _ALL_AT_ONCE
     if not cuda and columns:
         # Metal's sum down long columns of few elements.
-        twice = length >= 1024 and made < 32 or (length > 256 and made < 32 * 1024)
+        twice = (length >= 1024 and made < 32) or (length > 256 and made < 32 * 1024)
     return copies + 1 + int(twice)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.graph.recording import kept
+
 
 @dataclass(frozen=True)
 class Step:
@@ -35,8 +37,8 @@ class Step:
             give a cache arrays that it did not have.
         """
         cache = copy.deepcopy(list(self.cache))
-        given = iter(arrays)
-        _visit(cache, lambda _: next(given), set())
+        # A cache is written to in place, and these are the caller's.
+        fill_cache(cache, kept(arrays))
         logits = self.model(tokens, cache=cache)
         return [logits, *cache_arrays(cache)]
 
@@ -51,6 +53,19 @@ def cache_arrays(cache: Sequence[Any]) -> list[mx.array]:
 
     _visit(list(cache), take, set())
     return found
+
+
+def fill_cache(cache: Sequence[Any], arrays: Sequence[mx.array]) -> None:
+    """Put arrays in place of those that caches hold, in the order of `cache_arrays`.
+
+    Raises:
+        ValueError: their number is another one.
+    """
+    held = len(cache_arrays(cache))
+    if held != len(arrays):
+        raise ValueError(f"the cache holds {held} arrays; got {len(arrays)}")
+    given = iter(arrays)
+    _visit(list(cache), lambda _: next(given), set())
 
 
 def _visit(value: Any, change: Callable[[mx.array], mx.array], seen: set[int]) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from zmlx.graph.nodes import Graph, Node, Value
-from zmlx.graph.recording import Call, recorded
+from zmlx.graph.recording import Call, own_form, recorded
 
 #: What the export tells of an array: name, shape, dtype.
 Told = tuple[str, tuple[int, ...], mx.Dtype]
@@ -40,9 +40,10 @@ def trace(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     - "Contiguous": x; (allow_col_major,). "BitwiseInvert", "ToFP8": x. "FromFP8": x; (dtype,)
 
     Args:
-        function: takes arrays and can be run twice; returns an array, or lists, tuples and dicts of arrays, which become
+        function: takes arrays; returns an array, or lists, tuples and dicts of arrays, which become
             the graph's outputs in their order. Whatever else it reads becomes a constant: arrays as
-            arrays, numbers as numbers. It may change objects (a cache); undo that afterwards.
+            arrays, numbers as numbers. It may be run twice, so what it changes (a cache) must be
+            its own.
         arrays: one for each argument. Only shapes and dtypes matter: none is evaluated.
 
     Raises:
@@ -70,15 +71,19 @@ def trace_plain(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     return graph.with_nodes(reader.nodes)
 
 
-#: What compiled functions read and return.
-Regions = list[tuple[tuple[Value, ...], tuple[Value, ...]]]
+class Region(NamedTuple):
+    """A part of a graph: what it reads, what it returns, and what else is known of it."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    arguments: tuple[Any, ...] = ()
 
 
 def trace_with(
     watching: Callable[[], AbstractContextManager[list[Call]]],
     function: Callable[..., Any],
     *arrays: mx.array,
-) -> tuple[Graph, Regions]:
+) -> tuple[Graph, list[Region]]:
     """Trace a function while something watches it.
 
     Args:
@@ -143,7 +148,7 @@ def _traced(
     watching: Callable[[], AbstractContextManager[list[Call]]],
     function: Callable[..., Any],
     arrays: Sequence[mx.array],
-) -> tuple[Graph, Regions]:
+) -> tuple[Graph, list[Region]]:
     told: list[dict[str, Any]] = []
     calls: list[Call] = []
     watched: list[Call] = []
@@ -161,7 +166,8 @@ def _traced(
 
 
 def _arrays(result: Any) -> list[mx.array]:
-    leaves = [leaf for _, leaf in tree_flatten(result)]
+    named: Any = tree_flatten(result)
+    leaves: list[mx.array] = [leaf for _, leaf in named]
     for leaf in leaves:
         if not isinstance(leaf, mx.array):
             raise TraceError(
@@ -197,16 +203,16 @@ class _Reader:
             self.value(name, array.shape, array.dtype): array
             for name, array in parts["constants"]["constants"]
         }
-        self.nodes = [
-            Node(
-                part["name"],
-                tuple(self.value(*item) for item in part["inputs"]),
-                tuple(self.value(*item) for item in part["outputs"]),
-                tuple(part["arguments"]),
-            )
-            for part in told
-            if part["type"] == "primitive"
-        ]
+        self.nodes = [self.node(part) for part in told if part["type"] == "primitive"]
+
+    def node(self, part: dict[str, Any]) -> Node:
+        """Return the node of a primitive."""
+        op = part["name"]
+        inputs, outputs = (
+            tuple(self.value(*item) for item in part[key]) for key in ("inputs", "outputs")
+        )
+        inputs, arguments = own_form(op, inputs, tuple(part["arguments"]), lambda v: len(v.shape))
+        return Node(op, inputs, outputs, arguments)
 
     def value(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> Value:
         """Return the value of a name, always the same one."""
@@ -214,7 +220,7 @@ class _Reader:
             self.values[name] = Value(tuple(shape), dtype, name)
         return self.values[name]
 
-    def graph(self, calls: Iterable[Call], watched: Iterable[Call]) -> tuple[Graph, Regions]:
+    def graph(self, calls: Iterable[Call], watched: Iterable[Call]) -> tuple[Graph, list[Region]]:
         """Return the graph, with a node in place of each recorded call's marker."""
         named = iter(self.outputs)
         nodes = {value: node for node in self.nodes for value in node.outputs}
@@ -224,7 +230,7 @@ class _Reader:
             node = Node(call.op, inputs, markers, call.arguments)
             nodes.update(dict.fromkeys(markers, node))
             order.extend((*inputs, *markers))
-        regions = [_taken(named, call) for call in watched]
+        regions = [Region(*_taken(named, call), call.arguments) for call in watched]
         outputs = tuple(named)
         ordered = in_order(nodes, [*order, *outputs])
         graph = Graph(tuple(self.inputs[1:]), outputs, self.constants)
