@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from zmlx.graph import recording
-from zmlx.kernels.decode_attention import Rope, decode_attention
+from zmlx.kernels.decode_attention import decode_attention
+from zmlx.kernels.decode_attention_latent import decode_attention_latent
+from zmlx.kernels.rope import Rope
 from zmlx.kernels.vectors import (
     Weight,
     expert_combination,
@@ -229,6 +231,45 @@ class DecodeAttention:
             eps=self.eps or 0.0,
             rope=rope,
             sinks=sinks,
+            after=inputs.take(self.has_after),
+        )
+        return _shaped(y, self.shape)
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention of one token over latents, which it writes to the cache in place.
+
+    Inputs: q, q_pe, latent, k_pe, latents, rope_keys, state, norm?, freqs?, after?.
+    """
+
+    heads: int
+    latent_dim: int
+    rope_dim: int
+    scale: float
+    shape: Shape
+    eps: float | None = None
+    rope: recording.Rope | None = None
+    has_after: bool = False
+
+    def __call__(self, *arrays: mx.array) -> mx.array:
+        """Return the attention's output."""
+        inputs = _Inputs(arrays)
+        q, q_pe, latent, k_pe, latents, rope_keys, state = (inputs.next() for _ in range(7))
+        norm = inputs.take(self.eps is not None)
+        rope = None if self.rope is None else _rope(self.rope, inputs)
+        y = decode_attention_latent(
+            q.reshape(1, self.heads, self.latent_dim),
+            q_pe.reshape(1, self.heads, self.rope_dim),
+            latent.reshape(1, self.latent_dim),
+            k_pe.reshape(1, self.rope_dim),
+            latents,
+            rope_keys,
+            state,
+            scale=self.scale,
+            norm=norm,
+            eps=self.eps or 0.0,
+            rope=rope,
             after=inputs.take(self.has_after),
         )
         return _shaped(y, self.shape)

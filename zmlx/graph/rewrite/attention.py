@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from zmlx.graph.fused import DecodeAttention
+from zmlx.graph.fused import DecodeAttention, LatentAttention
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.recording import Attention, Norm, Rope
 from zmlx.graph.rewriting import taken_over
-from zmlx.graph.views import origin
+from zmlx.graph.views import origin, repeated
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,26 @@ class _Finder:
 
     def fused(self, node: Node, after: Value | None) -> tuple[Node, tuple[_Write, _Write]] | None:
         """Return the fused node for an attention, and what it writes; None if it stays as it is."""
+        q, k, v, *_ = node.inputs
+        if q.shape[0] != 1 or q.shape[2] != 1:
+            return None
         arguments: Attention = node.arguments  # type: ignore[assignment]
-        q, k, v, *rest = node.inputs
+        if arguments.has_mask:
+            return self.over_latents(node, arguments, after) if k is v else None
         keys, values = self.write(k), self.write(v)
-        if keys is None or values is None or arguments.has_mask or q.shape[0] != 1:
+        if keys is None or values is None:
             return None
         state = self.places[keys.buffer].state
-        if q.shape[2] != 1 or self.places[values.buffer].state is not state:
+        if self.places[values.buffer].state is not state:
             return None
+        return self.over_heads(node, arguments, (keys, values), after), (keys, values)
+
+    def over_heads(
+        self, node: Node, arguments: Attention, writes: tuple[_Write, _Write], after: Value | None
+    ) -> Node:
+        """Return the fused node for attention over keys and values of heads."""
+        q, _, _, *rest = node.inputs
+        keys, values = writes
         query, key = self.heads(q, keys.new)
         extra = [query.norm, key.norm, query.freqs, *rest, after]
         operation = DecodeAttention(
@@ -138,8 +150,69 @@ class _Finder:
             has_after=after is not None,
         )
         raw = (query.raw, key.raw, origin(self.graph, values.new), keys.buffer, values.buffer)
+        state = self.places[keys.buffer].state
         inputs = (*raw, state, *(value for value in extra if value is not None))
-        return Node("FusedDecodeAttention", inputs, node.outputs, (operation,)), (keys, values)
+        return Node("FusedDecodeAttention", inputs, node.outputs, (operation,))
+
+    def over_latents(
+        self, node: Node, arguments: Attention, after: Value | None
+    ) -> tuple[Node, tuple[_Write, _Write]] | None:
+        """Return the fused node for attention over latents (DeepSeek's MLA).
+
+        The mask is what rotated parts of queries and keys add to the scores.
+        """
+        q, k, _, mask, *sinks = node.inputs
+        latents, found = self.write(k), self.rotated_scores(mask, arguments.scale)
+        if latents is None or found is None or sinks or k.shape[1] != 1:
+            return None
+        q_pe, rope_keys = found
+        query, key = self.heads(q_pe, rope_keys.new)
+        if query.eps is not None:
+            query, key = self.head(q_pe, normed=False), self.head(rope_keys.new, normed=False)
+        latent = self.head(latents.new)
+        latent = self.head(latents.new, normed=False) if latent.rope is not None else latent
+        operation = LatentAttention(
+            heads=q.shape[1],
+            latent_dim=q.shape[3],
+            rope_dim=q_pe.shape[3],
+            scale=arguments.scale,
+            shape=node.outputs[0].shape,
+            eps=latent.eps,
+            rope=query.rope,
+            has_after=after is not None,
+        )
+        state = self.places[latents.buffer].state
+        raw = (origin(self.graph, q), query.raw, latent.raw, key.raw)
+        extra = (latent.norm, query.freqs, after)
+        inputs = (*raw, latents.buffer, rope_keys.buffer, state)
+        inputs += tuple(value for value in extra if value is not None)
+        return Node("FusedLatentAttention", inputs, node.outputs, (operation,)), (
+            latents,
+            rope_keys,
+        )
+
+    def rotated_scores(self, mask: Value, scale: float) -> tuple[Value, _Write] | None:
+        """Return q_pe and the update of the rotated keys of scale * q_pe @ keys.T, if it is that."""
+        graph = self.graph
+        product = graph.producers.get(mask)
+        if product is None or product.op != "Matmul":
+            return None
+        scaled, turned = graph.producers.get(product.inputs[0]), product.inputs[1]
+        node = graph.producers.get(turned)
+        if node is not None and node.op == "Broadcast":
+            node = graph.producers.get(node.inputs[0])
+        if node is None or node.op != "Transpose" or list(node.arguments[0]) != [0, 1, 3, 2]:
+            return None
+        keys = self.write(node.inputs[0])
+        if keys is None or scaled is None or scaled.op != "Multiply":
+            return None
+        for q_pe, factor in (scaled.inputs, scaled.inputs[::-1]):
+            number = graph.constants.get(repeated(graph, factor))
+            # A number in 16 bits is the scale as far as they go.
+            if number is not None and number.size == 1:
+                close = abs(number.astype(mx.float32).item() / scale - 1) < 2.0**-8
+                return (q_pe, keys) if close else None
+        return None
 
     def write(self, value: Value) -> _Write | None:
         """Return the update of a buffer whose tokens a value is, if it is that."""

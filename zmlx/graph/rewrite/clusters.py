@@ -19,8 +19,6 @@ from zmlx.graph.rewriting import taken_over
 from zmlx.graph.tiny import TooLarge, refusal, tiny_program
 from zmlx.graph.views import keeps_order
 
-#: Operations that MLX makes without a kernel.
-_VIEWS = frozenset({"Slice", "Split", "Transpose", "Broadcast"})
 #: Elements of a constant that is computed once, in place of an operation in every step.
 _MOST_FOLDED = 65_536
 
@@ -56,7 +54,7 @@ def fuse_small(graph: Graph) -> Graph:
 
 def _programs(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     """Return the kernels that make a segment: one if it fits, else one for what hangs together."""
-    parts = [part for part in _connected(nodes) if sum(map(_computes, part)) > 1]
+    parts = [part for part in _connected(nodes) if sum(map(_launches, part)) > 1]
     together = [node for node in nodes if any(node in part for part in parts)]
     if not together:
         return []
@@ -67,8 +65,30 @@ def _programs(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     return [node for node in made if node is not None]
 
 
-def _computes(node: Node) -> bool:
-    return node.op not in _VIEWS and not keeps_order(node)
+def _launches(node: Node) -> int:
+    """Return how many kernels a node is by itself.
+
+    A view is one for each part that has gaps, for whoever reads it copies it first.
+    """
+    if keeps_order(node) or node.op == "Broadcast":
+        return 0
+    if node.op == "Transpose":
+        return 1
+    if node.op == "Split":
+        return len(node.outputs) if _has_gaps(node.inputs[0], node.arguments[1]) else 0
+    if node.op == "Slice":
+        cut = [
+            axis
+            for axis, size in enumerate(node.outputs[0].shape)
+            if size != node.inputs[0].shape[axis]
+        ]
+        return int(any(_has_gaps(node.inputs[0], axis) for axis in cut))
+    return 1
+
+
+def _has_gaps(value: Value, axis: int) -> bool:
+    """Return whether parts of a value along an axis do not lie together."""
+    return any(size != 1 for size in value.shape[:axis])
 
 
 def _connected(nodes: Sequence[Node]) -> list[list[Node]]:
