@@ -179,8 +179,9 @@ def test_nothing_else_is_written_and_nothing_beyond_the_length_read(dtype):
     keys, values = (mx.where(beyond, mx.nan, x).astype(dtype) for x in (keys, values))
     before = [x + 0 for x in (keys, values)]
     mx.eval(keys, values, before)
+    truth, _, _ = decode_attention_reference(q, k, v, *before, state(70), scale=0.1)
     out = decode_attention(q, k, v, keys, values, state(70), scale=0.1)
-    assert not mx.any(mx.isnan(out)).item()
+    assert error(out, truth) < {F32: 2e-6, BF16: 8e-3}[dtype]  # not if there is a NaN
     for found, was, new in ((keys, before[0], k), (values, before[1], v)):
         assert mx.array_equal(found[:, :, 70], new).item()
         rest = mx.arange(100) != 70
