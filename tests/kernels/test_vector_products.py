@@ -16,7 +16,7 @@ from zmlx.kernels.vectors import (
     products,
     tiling,
 )
-from zmlx.kernels.vectors.products import _tiling, compiler
+from zmlx.kernels.vectors.linear import _tiling, compiler
 
 GROUPS, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 AFFINE = [("affine", group_size, bits) for group_size in GROUPS for bits in BITS]

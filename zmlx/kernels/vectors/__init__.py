@@ -9,7 +9,7 @@ from zmlx.kernels.vectors.experts import (
     expert_gated_product,
     expert_products,
 )
-from zmlx.kernels.vectors.products import gated_product, products
+from zmlx.kernels.vectors.linear import gated_product, products
 from zmlx.kernels.vectors.weights import Weight
 
 __all__ = [

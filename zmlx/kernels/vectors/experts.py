@@ -16,7 +16,7 @@ import mlx.core as mx
 from zmlx.kernels.rows import check_floats
 from zmlx.kernels.vectors import plain
 from zmlx.kernels.vectors.formats import format_of
-from zmlx.kernels.vectors.products import (
+from zmlx.kernels.vectors.linear import (
     Compile,
     _check,
     _kind,

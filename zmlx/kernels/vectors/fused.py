@@ -16,7 +16,7 @@ from zmlx.kernels.vectors.experts import (
     expert_gated_product,
     expert_products,
 )
-from zmlx.kernels.vectors.products import Compile, count, gated_product, products
+from zmlx.kernels.vectors.linear import Compile, count, gated_product, products
 from zmlx.kernels.vectors.weights import Weight
 
 #: Vectors above which stock's products with a matrix take over.
