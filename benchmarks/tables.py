@@ -1,21 +1,25 @@
-"""Put the figures of the capsules into docs/CPU.md and docs/CUDA.md.
+"""Put the figures of the capsules into docs/CPU.md, docs/CUDA.md and README.md.
 
     python benchmarks/tables.py
 
-Each table stands between two comments with the name of its capsule and is made anew.
+Each table stands between two comments, of which the first has its name, and is made anew. A table
+whose capsule or whose place is not there is left out, with a line on stderr.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zmlx.bench.capsule import Capsule, Run, read
 
 CAPSULES = Path(__file__).parent / "capsules"
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 
 
 def rows(*cells: object) -> str:
@@ -127,29 +131,146 @@ def operations(capsule: Capsule) -> Iterator[str]:
     yield from (f"- {note}" for note in capsule.notes)
 
 
-#: capsule -> the page that shows it, and how
-TABLES: dict[str, tuple[str, Callable[[Capsule], Iterator[str]]]] = {
-    "bandwidth-cpu": ("CPU.md", bandwidth),
-    "sharing-cpu": ("CPU.md", sharing),
-    "text-cpu": ("CPU.md", text),
-    "launch-cuda": ("CUDA.md", launches),
-    "ops-cuda": ("CUDA.md", operations),
-}
+def speeds(capsule: Capsule) -> Iterator[str]:
+    """One row for each model, one column for each thing that users wait for."""
+    named = workloads_of(capsule)
+    labels = list(dict.fromkeys(label for labels in named.values() for label in labels))
+    yield from head("tokens/s, stock and zmlx", *map(titled, labels))
+    for name in named:
+        yield rows(name, *(pair(capsule, f"{name}, {label}") for label in labels))
+
+
+def first_speeds(capsule: Capsule) -> Iterator[str]:
+    """One row for each model: decode of one sequence after the first context."""
+    yield from head("decode, tokens/s", "stock mlx-lm", "under zmlx", "")
+    for name, labels in workloads_of(capsule).items():
+        stock, ours = both(capsule, f"{name}, {labels[0]}", "decode")
+        if stock and ours:
+            yield rows(name, digits(stock), digits(ours), f"{ours / stock:.1f}x")
+
+
+def token_times(capsule: Capsule) -> Iterator[str]:
+    """Two rows for each model and context, stock and patched: where a token's time goes."""
+    columns = ("Python", "encoding", "GPU", "kernels", "GB read", "of the limit")
+    yield from head("model", "after", "", "us a token", *columns)
+    for name, labels in workloads_of(capsule).items():
+        for label in labels:
+            subject = f"{name}, {label}"
+            for variant in capsule.variants() if label.startswith("context ") else ():
+                yield rows(
+                    name, label.removeprefix("context "), variant, *parts(capsule, subject, variant)
+                )
+
+
+def parts(capsule: Capsule, subject: str, variant: str) -> Iterator[str]:
+    def middle(quantity: str) -> float | None:
+        return capsule.median(subject, variant, quantity)
+
+    rate, limit = middle("decode"), middle("of_the_limit")
+    yield digits(1e6 / rate if rate else None)
+    yield from (digits(middle(name)) for name in ("python", "encoding", "gpu", "kernels"))
+    sizes = middle("weights"), middle("cache")
+    yield "" if None in sizes else f"{sum(size or 0 for size in sizes) / 1e9:.2f}"
+    yield "" if limit is None else f"{limit:.0f} %"
+
+
+def patches(capsule: Capsule) -> Iterator[str]:
+    """One row for each model: what patching takes and changes besides the speed."""
+    yield from head("model", "patching, s", "modules", "peak memory", "logits from stock's")
+    for name, labels in workloads_of(capsule).items():
+        growth = []
+        for label in labels:
+            stock, ours = both(capsule, f"{name}, {label}", "peak_memory")
+            growth += [100 * (ours / stock - 1)] if stock and ours else []
+        seconds, modules = (capsule.median(name, "zmlx", q) for q in ("patching", "modules"))
+        apart = capsule.median(f"{name}, {labels[0]}", "zmlx", "logits_apart")
+        yield rows(
+            name,
+            digits(seconds),
+            digits(modules),
+            f"{max(growth):+.1f} %" if growth else "",
+            "" if apart is None else f"{apart:.1g} %",
+        )
+
+
+def workloads_of(capsule: Capsule) -> dict[str, list[str]]:
+    """Return model -> labels of what was measured of it."""
+    found: dict[str, list[str]] = {}
+    for subject in capsule.subjects():
+        name, comma, label = subject.rpartition(", ")
+        if comma:
+            found.setdefault(name, []).append(label)
+    return found
+
+
+def both(capsule: Capsule, subject: str, quantity: str) -> tuple[float | None, float | None]:
+    return capsule.median(subject, "stock", quantity), capsule.median(subject, "zmlx", quantity)
+
+
+def pair(capsule: Capsule, subject: str) -> str:
+    stock, ours = both(capsule, subject, "prefill" if ", prefill " in subject else "decode")
+    if not stock or not ours:
+        return ""
+    return f"{digits(stock)}, {digits(ours)} ({ours / stock:.2f}x)"
+
+
+def titled(label: str) -> str:
+    kind, _, size = label.partition(" ")
+    return f"{'after' if kind == 'context' else kind} {int(size):,}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A table: its name between the comments, its page, its capsules, and how it is made."""
+
+    name: str
+    page: str
+    capsules: str
+    table: Callable[[Capsule], Iterator[str]]
+
+
+#: Capsules of models may come one by one; their runs stand in one table.
+_MODELS = "models*-cuda.json"
+PLACES = (
+    Place("bandwidth-cpu", "docs/CPU.md", "bandwidth-cpu.json", bandwidth),
+    Place("sharing-cpu", "docs/CPU.md", "sharing-cpu.json", sharing),
+    Place("text-cpu", "docs/CPU.md", "text-cpu.json", text),
+    Place("launch-cuda", "docs/CUDA.md", "launch-cuda.json", launches),
+    Place("ops-cuda", "docs/CUDA.md", "ops-cuda.json", operations),
+    Place("models-cuda", "README.md", _MODELS, first_speeds),
+    Place("models-cuda", "docs/CUDA.md", _MODELS, speeds),
+    Place("model-times-cuda", "docs/CUDA.md", _MODELS, token_times),
+    Place("model-patches-cuda", "docs/CUDA.md", _MODELS, patches),
+)
+
+
+def block(place: Place, files: list[Path]) -> str:
+    """Return what stands between the comments."""
+    capsules = [read(file) for file in files]
+    capsule = replace(capsules[0], runs=tuple(run for each in capsules for run in each.runs))
+    hardware = capsule.environment["hardware"]
+    gpu = f"{hardware['accelerator']}, " if hardware.get("accelerator") else ""
+    where = f"{gpu}{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
+    folder = (ROOT / place.page).parent
+    links = ", ".join(
+        f"[capsule]({Path(os.path.relpath(file, folder)).as_posix()})" for file in files
+    )
+    return "\n".join([*place.table(capsule), "", f"({where}; every run: {links}.)\n"])
 
 
 def main() -> None:
-    for name, (file, table) in TABLES.items():
-        page = (DOCS / file).read_text(encoding="utf-8")
-        capsule = read(CAPSULES / f"{name}.json")
-        hardware = capsule.environment["hardware"]
-        gpu = f"{hardware['accelerator']}, " if hardware.get("accelerator") else ""
-        where = f"{gpu}{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
-        made = "\n".join([*table(capsule), "", f"({where}; every run: [capsule]"])
-        made += f"(../benchmarks/capsules/{name}.json).)\n"
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, count = block.subn(lambda found, new=made: found[1] + new + found[2], page)
-        assert count == 1, f"{file}: no place for {name}"
-        (DOCS / file).write_text(page, encoding="utf-8")
+    for place in PLACES:
+        page = ROOT / place.page
+        files = sorted(CAPSULES.glob(place.capsules))
+        between = re.compile(rf"(<!-- {place.name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        old = page.read_text(encoding="utf-8")
+        if not files or not between.search(old):
+            missing = f"no <!-- {place.name} -->" if files else f"no {place.capsules} yet"
+            print(f"{place.page}: {missing}", file=sys.stderr)
+            continue
+        made = block(place, files)
+        new = between.sub(lambda found, made=made: found[1] + made + found[2], old)
+        page.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

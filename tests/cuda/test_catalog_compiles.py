@@ -14,7 +14,9 @@ from zmlx.kernels.spec import all_specs
 pytestmark = pytest.mark.skipif(
     is_missing(), reason="no nvidia-cuda-nvrtc (in the extra dev, on Linux on x86_64)"
 )
-SPECS = {name: spec for name, spec in all_specs().items() if spec.definition is not None}
+SPECS = {name: spec for name, spec in all_specs().items() if "cuda" in spec.backends()}
+#: Their packings are read by the same text.
+FUSED = [name for name, spec in SPECS.items() if spec.fused is not None]
 
 
 @pytest.fixture
@@ -48,7 +50,10 @@ def programs(monkeypatch):
 @pytest.mark.parametrize("name", SPECS)
 def test_it_compiles(name, programs):
     spec = SPECS[name]
-    for configuration in configurations(spec):
+    chosen = configurations(spec, "cuda")
+    if spec.fused is not None:  # each is a text of its own: those of one kernel here, others there
+        chosen = chosen[FUSED.index(name) :: len(FUSED)]
+    for configuration in chosen:
         sample = spec.sample(**configuration)
         spec.implementation("cuda")(*sample.args, **sample.kwargs)
     assert programs, "nothing was launched"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from unittest import mock
 
 import mlx.core as mx
@@ -57,14 +58,14 @@ def is_float(array: object) -> bool:
 
 def check_probe(spec: KernelSpec, backend: str) -> None:
     """Every configuration agrees with its reference."""
-    for configuration in configurations(spec):
+    for configuration in configurations(spec, backend):
         assert spec.probe(backend, **configuration) is None, configuration
 
 
 def check_written(spec: KernelSpec, backend: str) -> None:
     """Every element of every output is written: one that is not stays NaN."""
     with altered(init_value=float("nan")):
-        for configuration in configurations(spec):
+        for configuration in configurations(spec, backend):
             sample = spec.sample(**configuration)
             kernel = spec.implementation(backend)
             for value in several(kernel(*sample.args, **sample.kwargs)):
@@ -74,9 +75,12 @@ def check_written(spec: KernelSpec, backend: str) -> None:
 
 def check_strided(spec: KernelSpec, backend: str) -> None:
     """Arguments that are not row contiguous, in memory with others in between."""
-    for configuration in configurations(spec)[-1:]:
+    for configuration in configurations(spec, backend)[-1:]:
         sample = spec.sample(**configuration)
-        strided = [mx.stack([arg, arg + 1], axis=-1)[..., 0] for arg in sample.args]
+        strided = [
+            None if arg is None else mx.stack([arg, arg + 1], axis=-1)[..., 0]
+            for arg in sample.args
+        ]
         mx.eval(strided)
         value = spec.implementation(backend)(*strided, **sample.kwargs)
         close(value, truth_of(spec, sample), spec)
@@ -84,7 +88,7 @@ def check_strided(spec: KernelSpec, backend: str) -> None:
 
 def check_rounding(spec: KernelSpec, backend: str) -> None:
     """Contract tighter: as close to a wider truth as rounding once, up to float32 rounding."""
-    for configuration in configurations(spec):
+    for configuration in configurations(spec, backend):
         sample = spec.sample(**configuration)
         kernel = spec.implementation(backend)
         values = several(kernel(*sample.args, **sample.kwargs))
@@ -101,7 +105,7 @@ def check_rounding(spec: KernelSpec, backend: str) -> None:
 
 def check_gradient(spec: KernelSpec, backend: str) -> None:
     """The gradient of each argument agrees with that of the reference."""
-    for configuration in configurations(spec):
+    for configuration in configurations(spec, backend):
         sample = spec.sample(**configuration)
         call = bound(spec, sample.kwargs)
         arrays = list(sample.args)
@@ -117,13 +121,21 @@ def check_gradient(spec: KernelSpec, backend: str) -> None:
 
 def check_compiled(spec: KernelSpec, backend: str) -> None:
     """Under mx.compile, twice, with other values the second time."""
-    sample = spec.sample(**configurations(spec)[0])
-    call = bound(spec, sample.kwargs)
+    sample = spec.sample(**configurations(spec, backend)[0])
+    places = [i for i, arg in enumerate(sample.args) if is_float(arg)]
+
+    def call(function, *floats):
+        given = list(sample.args)
+        for place, value in zip(places, floats, strict=True):
+            given[place] = value
+        return several(function(*given, **sample.kwargs))
+
+    kernel = spec.implementation(backend) if spec.fused else spec
     with running_on(backend):
-        function = mx.compile(listed(call))
+        function = mx.compile(partial(call, kernel))
         for factor in (1, 0.5):
-            args = [arg * factor for arg in sample.args]
-            close(function(*args), call.reference(*args), spec)
+            floats = [sample.args[place] * factor for place in places]
+            close(function(*floats), call(spec.reference, *floats), spec)
 
 
 def listed(function: Callable) -> Callable:

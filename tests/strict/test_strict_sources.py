@@ -22,7 +22,7 @@ from zmlx.backend.strict import launch as strict_launch
 from zmlx.catalog.configurations import configurations, in_words
 from zmlx.kernels.spec import KernelSpec, all_specs
 
-SOURCES = {name: spec for name, spec in all_specs().items() if spec.definition is not None}
+SOURCES = {name: spec for name, spec in all_specs().items() if "emulator" in spec.backends()}
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -115,7 +115,7 @@ def _looks_taken() -> int:
 def _looks(spec: KernelSpec) -> list[dict[str, Any]]:
     """Return configurations with one for each text: lengths of rows do not change it."""
     chosen: dict[str, dict[str, Any]] = {}
-    for configuration in configurations(spec):
+    for configuration in configurations(spec, "emulator"):
         kind = in_words({k: v for k, v in configuration.items() if k != "length"})
         chosen.setdefault(kind, configuration)
     return list(chosen.values())

@@ -27,13 +27,17 @@ class Definition:
         header: what stands before the kernel: functions, constants, includes.
         ensure_row_contiguous: copy inputs that are not row contiguous before the launch.
         atomic_outputs: outputs are `device atomic<T>*`.
+        updated_inputs: names of inputs into which the kernel writes in place, through a pointer
+            whose `const` it casts away. MLX knows nothing of that: what is to be read after the
+            launch has to depend on one of its outputs.
+        partial_outputs: threads may leave elements of outputs unwritten, which nobody reads.
         cuda: a body written for CUDA by hand, in place of the translated one.
         cuda_header: what stands before it.
 
     Raises:
         TypeError: a name or a text is not a string, or names come as one.
         ValueError: a name is no C identifier, is a word of Metal's or is there twice; no outputs;
-            an empty source.
+            an empty source; an updated input that is none, or may be copied before the launch.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Definition:
     header: str = ""
     ensure_row_contiguous: bool = True
     atomic_outputs: bool = False
+    updated_inputs: tuple[str, ...] = ()
+    partial_outputs: bool = False
     cuda: str | None = None
     cuda_header: str = ""
 
@@ -56,6 +62,15 @@ class Definition:
                 )
         if not self.source.strip():
             raise ValueError(f"kernel {self.name!r}: its source is empty; give the body of one")
+        if unknown := set(self.updated_inputs) - set(self.input_names):
+            raise ValueError(
+                f"kernel {self.name!r}: updated inputs {sorted(unknown)} are no inputs"
+            )
+        if self.updated_inputs and self.ensure_row_contiguous:
+            raise ValueError(
+                f"kernel {self.name!r} updates inputs, of which it may get copies; "
+                "set ensure_row_contiguous=False and go by their strides"
+            )
 
 
 class Launch(Protocol):

@@ -1,17 +1,24 @@
-"""`zmlx bench`: count kernels, read capsules."""
+"""`zmlx bench`: measure models, count their kernels, read capsules."""
 
 from __future__ import annotations
 
 import click
 
-from zmlx.bench.dispatches import command as dispatches_command
-from zmlx.bench.report import command as report_command
+from zmlx.lazygroup import LazyGroup
+
+#: subcommand -> (module:attribute, one-line help); reading a capsule needs no MLX
+COMMANDS: dict[str, tuple[str, str]] = {
+    "model": ("zmlx.bench.model:model", "Measure models stock and patched, in turn."),
+    "dispatches": ("zmlx.bench.dispatches:command", "Count the kernels that a token launches."),
+    "report": ("zmlx.bench.report:command", "Print the table of a capsule."),
+}
 
 
-@click.group(name="bench", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    name="bench",
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def bench() -> None:
-    """Count a model's kernels, and read the capsules that benchmarks write."""
-
-
-bench.add_command(dispatches_command)
-bench.add_command(report_command)
+    """Measure models, count their kernels, and read the capsules that benchmarks write."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -15,13 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from zmlx.backend import current, for_kernels
+from zmlx.backend.definition import Definition
 from zmlx.catalog import page as pages
 from zmlx.catalog.configurations import configurations
 from zmlx.catalog.run import Run
 from zmlx.catalog.run import run as run_kernel
 from zmlx.console import wide_console
 from zmlx.kernels.calling import bound
-from zmlx.kernels.spec import SOURCE_BACKENDS, KernelSpec, all_specs
+from zmlx.kernels.spec import SOURCE_BACKENDS, KernelSpec, Sample, all_specs
 from zmlx_autopatch.variables import VariableError
 
 
@@ -90,7 +92,7 @@ def show(name: str, backend: str | None, as_json: bool) -> None:
     """Show kernel NAME: its formula, arguments and contract, and the text that is compiled."""
     spec = find(name)
     known = facts(spec)
-    if spec.definition is not None:
+    if spec.definition is not None or spec.fused is not None:
         here = current()
         backend = backend or (here if here in SOURCE_BACKENDS else "metal")
         known |= {"backend": backend, "text": compiled_text(spec, backend)}
@@ -114,11 +116,30 @@ def show(name: str, backend: str | None, as_json: bool) -> None:
 
 def compiled_text(spec: KernelSpec, backend: str) -> str:
     """Return the text that a backend compiles for the first sample of a kernel."""
-    assert spec.definition is not None
     sample = spec.sample(**configurations(spec)[0])
-    mx.eval(sample.args)
+    mx.eval([arg for arg in sample.args if isinstance(arg, mx.array)])
     text = import_module(f"zmlx.backend.{backend}").text
+    if spec.fused is not None:
+        launches = _launches(spec.fused, sample)
+        return "\n".join(str(text(definition, **given)) for definition, given in launches)
+    assert spec.definition is not None
     return str(text(spec.definition, **bound(spec, sample.kwargs).arguments(sample.args)))
+
+
+def _launches(fused: Callable[..., Any], sample: Sample) -> list[tuple[Definition, dict[str, Any]]]:
+    """Return what a call would launch, each with the arguments of its launch."""
+    found: list[tuple[Definition, dict[str, Any]]] = []
+
+    def compile(definition: Definition) -> Callable[..., list[mx.array]]:
+        def launch(**given: Any) -> list[mx.array]:
+            found.append((definition, given))
+            outputs = zip(given["output_shapes"], given["output_dtypes"], strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+        return launch
+
+    fused(compile, *sample.args, **sample.kwargs)
+    return found
 
 
 def find(name: str) -> KernelSpec:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.signature import dtype_name
-from zmlx.kernels.spec import KernelSpec
+from zmlx.kernels.spec import SOURCE_BACKENDS, KernelSpec
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -35,8 +35,11 @@ VALUES: Mapping[str, Sequence[Any]] = {
 }
 
 
-def configurations(spec: KernelSpec) -> list[dict[str, Any]]:
+def configurations(spec: KernelSpec, backend: str = "") -> list[dict[str, Any]]:
     """Return the keyword arguments of a kernel's sample, every combination of them.
+
+    Of a kernel whose source is another one for each of them, on a backend that compiles sources,
+    there are as many as its longest list of values has, and every value is in one of them.
 
     Raises:
         KeyError: a parameter of the sample has values neither in `VALUES` nor in the spec.
@@ -44,7 +47,19 @@ def configurations(spec: KernelSpec) -> list[dict[str, Any]]:
     names = list(inspect.signature(spec.sample).parameters)
     known = {**VALUES, **spec.values}
     values = [known[name] for name in names]
+    if spec.fused is not None and backend in SOURCE_BACKENDS:
+        return [dict(zip(names, chosen, strict=True)) for chosen in _turning(values)]
     return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def _turning(values: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Return choices in which every value is, none of which repeats its neighbour's pairs."""
+    longest = max(len(some) for some in values)
+    # The n-th list moves on by n more when it starts over, so that lists of one length part.
+    return [
+        tuple(some[(i + n * (i // len(some))) % len(some)] for n, some in enumerate(values))
+        for i in range(longest)
+    ]
 
 
 def in_words(configuration: Mapping[str, Any]) -> str:

@@ -45,7 +45,10 @@ def _cell(text: str) -> str:
 
 def ways(spec: KernelSpec) -> list[str]:
     """Return how a kernel can run, besides as its reference."""
-    return [*(["source"] if spec.definition else []), *(["cpu"] if spec.native else [])]
+    return [
+        *(["source"] if spec.definition or spec.fused else []),
+        *(["cpu"] if spec.native else []),
+    ]
 
 
 def contracts(spec: KernelSpec) -> str:

@@ -54,7 +54,7 @@ def run(
     """
     runs = []
     with _device_of(backend):
-        for configuration in configurations(spec):
+        for configuration in configurations(spec, backend):
             runs.append(_run(spec, backend, configuration, repeats))
             advance()
     return runs

@@ -19,6 +19,11 @@ class Value:
     name: str = ""
 
     @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         count = 1

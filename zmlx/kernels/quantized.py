@@ -4,7 +4,8 @@ How a weight is stored is its mode. In affine mode it is `q` (unsigned, `bits` w
 scale `s` and a bias `b` for every `group_size` inputs: w[n, k] = s[n, g] * q[n, k] + b[n, g],
 g = k // group_size (`mlx.core.quantize`). In the modes mxfp4, nvfp4 and mxfp8 `q` are small floats
 and there is no bias: w[n, k] = s[n, g] * q[n, k]. In mode dense `w` are floats and nothing else.
-All sums here run in float32 over the unrounded activations.
+All sums here run in float32 over the unrounded activations. On GPUs the kernels of
+`zmlx.kernels.vectors` compute products with few rows.
 
     lookup                      y[t] = w[indices[t]], the values of some rows
     quantized_matmul            y[m, n] = sum_k x[m, k] w[n, k] + bias[n]
@@ -20,7 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.kernels.rows import wide
 from zmlx.kernels.spec import KernelSpec, Sample, register
+from zmlx.kernels.vectors import fused
 
 #: How a weight is stored: mode, group size, bits. The last two are 0 for plain floats.
 Packing = tuple[str, int, int]
@@ -91,7 +94,7 @@ def _matmul_reference(
     bits: int,
     mode: str = "affine",
 ) -> mx.array:
-    y = x.astype(mx.float32) @ _dense(w, scales, biases, (mode, group_size, bits)).T
+    y = wide(x) @ _dense(w, scales, biases, (mode, group_size, bits)).T
     y = y if bias is None else y + bias.astype(mx.float32)
     return y.astype(_promoted(x, _deciding(w, scales, mode), bias))
 
@@ -115,13 +118,13 @@ def _glu_reference(
     gate_mode: str = "affine",
     up_mode: str = "affine",
 ) -> mx.array:
-    wide = x.astype(mx.float32)
+    vectors = wide(x)
     gate_packing, up_packing = (
         (gate_mode, gate_group_size, gate_bits),
         (up_mode, up_group_size, up_bits),
     )
-    gate = wide @ _dense(gate_w, gate_scales, gate_biases, gate_packing).T
-    up = wide @ _dense(up_w, up_scales, up_biases, up_packing).T
+    gate = vectors @ _dense(gate_w, gate_scales, gate_biases, gate_packing).T
+    up = vectors @ _dense(up_w, up_scales, up_biases, up_packing).T
     gate = gate if gate_bias is None else gate + gate_bias.astype(mx.float32)
     up = up if up_bias is None else up + up_bias.astype(mx.float32)
     deciding = (_deciding(gate_w, gate_scales, gate_mode), _deciding(up_w, up_scales, up_mode))
@@ -141,7 +144,7 @@ def _gather_matmul_reference(
     mode: str = "affine",
 ) -> mx.array:
     chosen = _dense(w, scales, biases, (mode, group_size, bits))[indices]
-    y = x.astype(mx.float32) @ chosen.swapaxes(-1, -2)
+    y = wide(x) @ chosen.swapaxes(-1, -2)
     return y.astype(_promoted(x, _deciding(w, scales, mode)))
 
 
@@ -163,14 +166,16 @@ def _gather_glu_reference(
     gate_mode: str = "affine",
     up_mode: str = "affine",
 ) -> mx.array:
-    wide = x.astype(mx.float32)[:, None, None, :]
+    vectors = wide(x)[:, None, None, :]
     gate_packing, up_packing = (
         (gate_mode, gate_group_size, gate_bits),
         (up_mode, up_group_size, up_bits),
     )
     gate = _dense(gate_w, gate_scales, gate_biases, gate_packing)[indices]
     up = _dense(up_w, up_scales, up_biases, up_packing)[indices]
-    product = _activate(activation, wide @ gate.swapaxes(-1, -2)) * (wide @ up.swapaxes(-1, -2))
+    product = _activate(activation, vectors @ gate.swapaxes(-1, -2)) * (
+        vectors @ up.swapaxes(-1, -2)
+    )
     deciding = (_deciding(gate_w, gate_scales, gate_mode), _deciding(up_w, up_scales, up_mode))
     return product.squeeze(-2).astype(_promoted(x, *deciding))
 
@@ -188,8 +193,8 @@ def _gather_combine_reference(
     mode: str = "affine",
 ) -> mx.array:
     chosen = _dense(w, scales, biases, (mode, group_size, bits))[indices]
-    y = (h.astype(mx.float32)[:, :, None, :] @ chosen.swapaxes(-1, -2)).squeeze(-2)
-    y = (y * weights.astype(mx.float32)[..., None]).sum(axis=-2)
+    y = (wide(h)[:, :, None, :] @ chosen.swapaxes(-1, -2)).squeeze(-2)
+    y = (y * wide(weights)[..., None]).sum(axis=-2)
     return y.astype(_promoted(h, _deciding(w, scales, mode), weights))
 
 
@@ -286,6 +291,8 @@ _WEIGHT = (
     "w (N, K * bits / 32) uint32; scales (N, K / group_size) float, in modes mxfp4, nvfp4 and mxfp8"
     " uint8; biases like scales, only in affine mode; in mode dense w (N, K) float alone"
 )
+#: sums in float32 and one rounding, wherever it runs
+_EVERYWHERE = {"cpu": "tighter", "metal": "tighter", "cuda": "tighter"}
 _EXPERT_WEIGHT = "for each of E experts: " + _WEIGHT
 
 LOOKUP = register(
@@ -309,8 +316,9 @@ QUANTIZED_MATMUL = register(
         shapes=("x (..., K) float", _WEIGHT, "bias (N,) float, optional", "y (..., N)"),
         reference=_matmul_reference,
         sample=_matmul_sample,
-        contract={"cpu": "tighter"},
+        contract=_EVERYWHERE,
         native="quantized_matmul",
+        fused=fused.matmul,
     )
 )
 
@@ -322,8 +330,9 @@ QUANTIZED_GLU = register(
         shapes=("x (..., K) float", "gate and up: " + _WEIGHT, "y (..., N)"),
         reference=_glu_reference,
         sample=_glu_sample,
-        contract={"cpu": "tighter"},
+        contract=_EVERYWHERE,
         native="quantized_glu",
+        fused=fused.glu,
     )
 )
 
@@ -335,8 +344,9 @@ GATHER_QUANTIZED_MATMUL = register(
         shapes=("x (..., M, K) float", _EXPERT_WEIGHT, "indices (...) int", "y (..., M, N)"),
         reference=_gather_matmul_reference,
         sample=_gather_matmul_sample,
-        contract={"cpu": "tighter"},
+        contract=_EVERYWHERE,
         native="gather_quantized_matmul",
+        fused=fused.gather_matmul,
     )
 )
 
@@ -353,8 +363,9 @@ GATHER_QUANTIZED_GLU = register(
         ),
         reference=_gather_glu_reference,
         sample=_gather_glu_sample,
-        contract={"cpu": "tighter"},
+        contract=_EVERYWHERE,
         native="gather_quantized_glu",
+        fused=fused.gather_glu,
     )
 )
 
@@ -372,7 +383,8 @@ GATHER_QUANTIZED_COMBINE = register(
         ),
         reference=_gather_combine_reference,
         sample=_gather_combine_sample,
-        contract={"cpu": "tighter"},
+        contract=_EVERYWHERE,
         native="gather_quantized_combine",
+        fused=fused.gather_combine,
     )
 )

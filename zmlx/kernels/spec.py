@@ -5,13 +5,13 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, cast
 
 import mlx.core as mx
 
-from zmlx.backend import current, vmapping
+from zmlx.backend import current, for_kernels, vmapping
 from zmlx.backend.cpu import native
 from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
@@ -70,6 +70,9 @@ class KernelSpec:
         batched: for each array argument whether it may have further leading axes, which the
             outputs then have too; so `mx.vmap` is one launch. Without it the reference is mapped.
         native: name of the function in the native CPU library, when there is one.
+        fused: takes what compiles a `Definition` and then the reference's arguments, and returns
+            the result; for kernels whose source and launch depend on their arguments, in place of
+            `definition` and `geometry`.
         tolerance: largest error against the reference, relative to its largest element, by the
             name of the output's dtype; what a probe and the generated tests hold it to.
     """
@@ -88,6 +91,7 @@ class KernelSpec:
     no_gradient: str = ""
     batched: tuple[bool, ...] = ()
     native: str | None = None
+    fused: Callable[..., Any] | None = None
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
@@ -98,7 +102,7 @@ class KernelSpec:
 
         It can be differentiated, mapped over batches and compiled. For a kernel with no source
         the arguments are those of the reference, and its result is not differentiable where its
-        native function runs.
+        native function or its fused one runs.
 
         Returns:
             An array, or a tuple of them.
@@ -109,6 +113,8 @@ class KernelSpec:
         """
         if self.definition is not None:
             return bound(self, options)(*arrays)
+        if self.fused is not None and (backend := for_kernels(has_reference=True)) != "reference":
+            return self.implementation(backend)(*arrays, **options)
         if current() == "cpu" and native_serves(self):
             return self.implementation("cpu")(*arrays, **options)
         return self.reference(*arrays, **options)
@@ -116,7 +122,7 @@ class KernelSpec:
     def backends(self) -> tuple[str, ...]:
         """Return the backends for which there is an implementation, here or elsewhere."""
         native_ones = ("cpu",) if self.native else ()
-        return (*native_ones, *(SOURCE_BACKENDS if self.definition else ()))
+        return (*native_ones, *(SOURCE_BACKENDS if self.definition or self.fused else ()))
 
     def implementation(self, backend: str) -> Callable[..., mx.array]:
         """Return the fused function of a backend; it takes the reference's arguments.
@@ -130,6 +136,8 @@ class KernelSpec:
             raise KernelUnavailable(f"{self.name} has no {backend} kernel")
         if backend == "cpu":
             return self._native()
+        if self.fused is not None:
+            return partial(self.fused, lambda definition: launcher(definition, backend))
         launch = self.launch(backend)
         return lambda *arrays, **options: bound(self, options).launched(launch, arrays)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
+from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
 
@@ -100,8 +101,8 @@ class _Variants:
         """Return the kernel of a variant."""
         kernel = self.kernels.get(variant)
         if kernel is None:
-            source = self._translation.source(variant)
             definition = self._translation.definition
+            source = shortened(self._translation.source(variant), definition.name)
             made = mx.fast.cuda_kernel(
                 name=definition.name,
                 input_names=list(source.input_names),

@@ -25,7 +25,7 @@ _COMPUTED = {
 }
 
 #: What a parameter is given, in the order of `Part` in emulated.cpp.
-DATA, SHAPE, STRIDES, NDIM, OUTPUT, ABSENT = range(6)
+DATA, SHAPE, STRIDES, NDIM, OUTPUT, ABSENT, UPDATED = range(7)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _parameters(definition: Definition, signature: Signature) -> list[tuple[int,
     suffix = {SHAPE: "_shape", STRIDES: "_strides", NDIM: "_ndim"}
     found = []
     for index, name in enumerate(definition.input_names):
-        found.append((DATA, index, name))
+        found.append((UPDATED if name in definition.updated_inputs else DATA, index, name))
         if not signature.inputs[index][1]:
             found += [
                 (part, index, name + suffix[part]) for part in _shape_parts(definition)[index]
@@ -173,7 +173,7 @@ def _declared(definition: Definition, signature: Signature, parameter: tuple[int
 
 def _argument(signature: Signature, index: int, parameter: tuple[int, int, str]) -> str:
     part, source, _ = parameter
-    reference = part == NDIM or (part == DATA and signature.inputs[source][1])
+    reference = part == NDIM or (part in (DATA, UPDATED) and signature.inputs[source][1])
     return f"zmlx::{'Reference' if reference else 'Pointer'}{{b[{index}]}}"
 
 

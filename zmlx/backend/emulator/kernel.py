@@ -66,6 +66,7 @@ class EmulatedKernel:
             grid=tuple(grid),
             threadgroup=group,
             init_value=init_value,
+            may_leave_unwritten=definition.partial_outputs,
             stream=_stream(stream),
         )
         return result

@@ -80,9 +80,8 @@ class Emulated : public mx::Primitive {
         threadgroup_)
         .run();
     for (size_t i = 0; i < buffers.size(); ++i) {
-      if (buffers[i].writable && buffers[i].bytes != 0) {
-        mx::array& out = outputs[kernel_->parameters[i].index];
-        std::memcpy(out.data<char>(), buffers[i].data, buffers[i].bytes);
+      if (buffers[i].writable) {
+        put_back(kernel_->parameters[i], buffers[i], views, outputs);
       }
     }
   }
@@ -92,6 +91,27 @@ class Emulated : public mx::Primitive {
     return kernel_->ensure_row_contiguous && !view.dense();
   }
 
+  // Copies what a kernel wrote: all of an output; of an input only the elements that were written,
+  // since between them may lie those of another one.
+  static void put_back(
+      const Parameter& parameter, const Buffer& buffer, const std::vector<View>& views,
+      Arrays& outputs) {
+    if (buffer.bytes == 0) {
+      return;
+    }
+    if (parameter.part == Part::output) {
+      std::memcpy(outputs[parameter.index].data<char>(), buffer.data, buffer.bytes);
+      return;
+    }
+    const View& view = views[parameter.index];
+    char* const first = view.data - Extent(view).before;
+    for (size_t i = 0; i < buffer.writers.size(); ++i) {
+      if (buffer.writers[i].group != 0) {
+        std::memcpy(first + i * buffer.item, buffer.data + i * buffer.item, buffer.item);
+      }
+    }
+  }
+
   Buffer buffer_of(
       const Parameter& parameter, const Arrays& inputs, const std::vector<View>& views,
       const Arrays& outputs) const {
@@ -99,9 +119,11 @@ class Emulated : public mx::Primitive {
     buffer.name = parameter.name;
     const auto ndim = [&] { return size_t(views[parameter.index].ndim()); };
     switch (parameter.part) {
-      case Part::data: {
+      case Part::data:
+      case Part::updated: {
         const View& view = views[parameter.index];
         buffer.item = view.item();
+        buffer.writable = parameter.part == Part::updated;
         if (copied(view)) {
           buffer.bytes = view.bytes();
         } else {
@@ -110,6 +132,9 @@ class Emulated : public mx::Primitive {
           // On a device memory begins at a page, and a slice somewhere in it.
           buffer.misalignment =
               size_t(inputs[parameter.index].offset() - extent.before) % 64;
+        }
+        if (buffer.writable) {
+          buffer.writers.resize(buffer.bytes / buffer.item);
         }
         break;
       }
@@ -146,7 +171,8 @@ class Emulated : public mx::Primitive {
       const Parameter& parameter, const Buffer& buffer, const std::vector<View>& views,
       const Arrays& outputs) const {
     switch (parameter.part) {
-      case Part::data: {
+      case Part::data:
+      case Part::updated: {
         const View& view = views[parameter.index];
         if (copied(view)) {
           copy_elements(view, View(view.shape, view.dtype, buffer.data));

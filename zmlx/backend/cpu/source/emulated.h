@@ -13,8 +13,8 @@ namespace zmlx {
 
 namespace mx = mlx::core;
 
-// What a parameter of a kernel is given.
-enum class Part : int { data, shape, strides, ndim, output, absent };
+// What a parameter of a kernel is given; `updated` is an input that the kernel may write into.
+enum class Part : int { data, shape, strides, ndim, output, absent, updated };
 
 struct Parameter {
   Part part;

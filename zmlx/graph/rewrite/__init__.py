@@ -1,0 +1,1 @@
+"""Rewrites of a decode step's graph: each finds operations that one kernel can do together."""

@@ -1,0 +1,213 @@
+"""Attention of the new token with the update of the cache, its norms and its rotary embedding.
+
+Before   q, k = rope(rms_norm(q)), rope(rms_norm(k))          stock: some ten kernels
+         keys, values = slice_update(keys, k), slice_update(values, v)
+         y = scaled_dot_product_attention(q, keys[..., :n + 1, :], values[..., :n + 1, :])
+After    y = decode_attention(q, k, v, keys, values, state)   one, which writes in place
+
+The position is a number in what was traced, for the trace is of one step; afterwards it is read
+from `state`, so that the graph is that of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from zmlx.graph.fused import DecodeAttention
+from zmlx.graph.nodes import Graph, Node, Value
+from zmlx.graph.recording import Attention, Norm, Rope
+from zmlx.graph.rewriting import taken_over
+from zmlx.graph.views import origin
+
+
+@dataclass(frozen=True)
+class _Write:
+    """An update of a cache's buffer by the new token."""
+
+    buffer: Value
+    new: Value
+    updated: Value
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What becomes of a projection before attention."""
+
+    raw: Value
+    norm: Value | None = None
+    eps: float | None = None
+    rope: Rope | None = None
+    freqs: Value | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A graph whose attention is fused.
+
+    Attributes:
+        graph: the graph; the states and `after` are its last inputs.
+        written: the inputs that it writes to -> what they became in the traced graph.
+    """
+
+    graph: Graph
+    written: Mapping[Value, Value]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the new token is written in a buffer.
+
+    Attributes:
+        write: its row.
+        length: rows that hold tokens, then.
+        state: int32 (3,), what `decode_attention` takes in their place.
+    """
+
+    write: int
+    length: int
+    state: Value
+
+
+def fuse_attention(
+    graph: Graph, position: int, places: Mapping[Value, Place], after: Value
+) -> Fused:
+    """Return the graph with fused attention.
+
+    Args:
+        graph: a step of one token of one sequence, traced at a position.
+        position: how many tokens there were before.
+        places: input that is a buffer of keys or values -> where the token is written in it.
+        after: an array on which the step before depends; the first attention waits for it.
+    """
+    finder = _Finder(graph, position, places)
+    states = list(dict.fromkeys(place.state for place in places.values()))
+    nodes: list[Node] = []
+    written: dict[Value, Value] = {}
+    later: set[Value] = set()
+    for node in graph.nodes:
+        waits = not later.intersection(node.inputs)
+        if node.op == "ScaledDotProductAttention":
+            found = finder.fused(node, after if waits else None)
+            if found is not None:
+                fused, writes = found
+                nodes.append(fused)
+                written.update((write.buffer, write.updated) for write in writes)
+                later.update(node.outputs)
+        if not waits:
+            later.update(node.outputs)
+    nodes += finder.rotations(states[0])
+    outputs = tuple(value for value in graph.outputs if value not in written.values())
+    inputs = (*graph.inputs, *states, after)
+    base = Graph(inputs, outputs, graph.constants, graph.nodes)
+    return Fused(taken_over(base, nodes), written)
+
+
+class _Finder:
+    """Finds what attention reads, in a graph traced at a position."""
+
+    def __init__(self, graph: Graph, position: int, places: Mapping[Value, Place]) -> None:
+        self.graph = graph
+        self.position = position
+        self.places = places
+
+    def fused(self, node: Node, after: Value | None) -> tuple[Node, tuple[_Write, _Write]] | None:
+        """Return the fused node for an attention, and what it writes; None if it stays as it is."""
+        arguments: Attention = node.arguments  # type: ignore[assignment]
+        q, k, v, *rest = node.inputs
+        keys, values = self.write(k), self.write(v)
+        if keys is None or values is None or arguments.has_mask or q.shape[0] != 1:
+            return None
+        state = self.places[keys.buffer].state
+        if q.shape[2] != 1 or self.places[values.buffer].state is not state:
+            return None
+        query, key = self.heads(q, keys.new)
+        extra = [query.norm, key.norm, query.freqs, *rest, after]
+        operation = DecodeAttention(
+            heads=q.shape[1],
+            kv_heads=keys.new.shape[1],
+            head_dim=q.shape[3],
+            value_dim=values.new.shape[3],
+            scale=arguments.scale,
+            shape=node.outputs[0].shape,
+            eps=query.eps,
+            rope=query.rope,
+            has_sinks=arguments.has_sinks,
+            has_after=after is not None,
+        )
+        raw = (query.raw, key.raw, origin(self.graph, values.new), keys.buffer, values.buffer)
+        inputs = (*raw, state, *(value for value in extra if value is not None))
+        return Node("FusedDecodeAttention", inputs, node.outputs, (operation,)), (keys, values)
+
+    def write(self, value: Value) -> _Write | None:
+        """Return the update of a buffer whose tokens a value is, if it is that."""
+        node = self.graph.producers.get(value)
+        length = value.shape[2]
+        if node is not None and node.op == "Slice":
+            start, stop, strides = node.arguments
+            source = node.inputs[0]
+            whole = (*source.shape[:2], length, *source.shape[3:])
+            if any(start) or tuple(stop) != whole or any(step != 1 for step in strides):
+                return None
+            value, node = source, self.graph.producers.get(source)
+        if node is None or node.op != "SliceUpdate":
+            return None
+        kind, start, stop, strides = node.arguments
+        buffer, new = node.inputs
+        place = self.places.get(buffer)
+        if place is None or place.length != length or new.ndim != 4:
+            return None
+        end = (*buffer.shape[:2], place.write + 1, *buffer.shape[3:])
+        plain = kind == 4 and all(step == 1 for step in strides)
+        here = tuple(start) == (0, 0, place.write, 0) and tuple(stop) == end
+        return _Write(buffer, new, value) if plain and here else None
+
+    def heads(self, q: Value, k: Value) -> tuple[_Head, _Head]:
+        """Return what a fused kernel does to queries and keys: the same to both, or nothing."""
+        query, key = self.head(q), self.head(k)
+        same_rope = query.rope == key.rope and query.freqs is key.freqs
+        if not same_rope:
+            return _Head(origin(self.graph, q)), _Head(origin(self.graph, k))
+        if query.eps != key.eps:  # one is not normed, or otherwise
+            query, key = self.head(q, normed=False), self.head(k, normed=False)
+        return query, key
+
+    def head(self, value: Value, *, normed: bool = True) -> _Head:
+        """Return how a value comes from a projection."""
+        graph, dim = self.graph, value.shape[-1]
+        raw, rope, freqs = origin(graph, value), None, None
+        node = graph.producers.get(raw)
+        if node is not None and self.rotates(node) and raw.shape[-1] == dim:
+            rope = node.arguments
+            freqs = node.inputs[2] if rope.has_freqs else None  # type: ignore[attr-defined]
+            raw = origin(graph, node.inputs[0])
+            node = graph.producers.get(raw)
+        if normed and node is not None and node.op == "RMSNorm" and raw.shape[-1] == dim:
+            norm: Norm = node.arguments  # type: ignore[assignment]
+            if norm.has_weight:
+                source = origin(graph, node.inputs[0])
+                return _Head(source, node.inputs[1], norm.eps, rope, freqs)  # type: ignore[arg-type]
+        return _Head(raw, None, None, rope, freqs)  # type: ignore[arg-type]
+
+    def rotates(self, node: Node) -> bool:
+        """Return whether a node rotates by the position."""
+        return node.op == "RoPE" and self.is_position(node.inputs[1])
+
+    def is_position(self, value: Value) -> bool:
+        """Return whether a value is the position as a constant number."""
+        array = self.graph.constants.get(value)
+        whole = array is not None and array.size == 1 and mx.issubdtype(array.dtype, mx.integer)
+        return whole and array.item() == self.position  # type: ignore[union-attr]
+
+    def rotations(self, state: Value) -> list[Node]:
+        """Return every rotation by the position, with the one in `state`."""
+        where = Value((1,), state.dtype)
+        read = Node("Slice", (state,), (where,), ((2,), (3,), (1,)))
+        found = [
+            Node(node.op, (node.inputs[0], where, *node.inputs[2:]), node.outputs, node.arguments)
+            for node in self.graph.nodes
+            if self.rotates(node)
+        ]
+        return [read, *found] if found else []

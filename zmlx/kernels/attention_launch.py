@@ -1,0 +1,300 @@
+"""How attention for one new token is spread over threadgroups, and launched."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from zmlx.backend.definition import Definition
+from zmlx.backend.launch import launcher
+from zmlx.kernels import attention_latent_source, attention_source
+from zmlx.kernels.attention_source import AHEAD, CHUNK, THREADS, Variant
+from zmlx.kernels.rows import SIMD
+
+#: Threadgroups among which positions are split: one for each multiprocessor of a large GPU.
+THREADGROUPS = 132
+#: Fewest positions that are worth a threadgroup.
+LEAST = 32
+#: Most query heads of a threadgroup: their sums are held in registers.
+HEADS = 8
+#: Bytes of threadgroup memory in which the sums of simdgroups meet.
+_MEETING = 16384
+#: Bytes of sums that one threadgroup adds up at most, if it need not.
+_FLAT = 49152
+#: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
+_COUNTERS_OF_A_ROW = 17
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is spread.
+
+    Attributes:
+        batch: sequences.
+        kv_heads: heads of the cache.
+        shared: query heads for each of them.
+        heads: query heads of a threadgroup.
+        splits: threadgroups along the positions.
+        size: elements of a key.
+        value_size: elements of a value.
+        rope_size: elements of the part of a key that lies apart, 0 where there is none.
+        window: most positions that are read, 0 for all.
+        dtype: of the cache.
+        q_dtype: of queries and of the result.
+        state_step: numbers from one sequence's state to the next one's.
+    """
+
+    batch: int
+    kv_heads: int
+    shared: int
+    heads: int
+    splits: int
+    size: int
+    value_size: int
+    rope_size: int
+    window: int
+    dtype: mx.Dtype
+    q_dtype: mx.Dtype
+    state_step: int
+
+    @classmethod
+    def of(
+        cls,
+        q: mx.array,
+        keys: mx.array,
+        value_size: int,
+        state: mx.array,
+        *,
+        rope_size: int = 0,
+        window: int | None = None,
+        splits: int | None = None,
+    ) -> Layout:
+        """Lay out a call.
+
+        Raises:
+            ValueError: `splits` or `window` is out of range.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}; give a positive number, or None")
+        batch, kv_heads, capacity, size = keys.shape
+        shared = q.shape[1] // kv_heads
+        groups = -(-shared // HEADS)
+        heads = -(-shared // groups)
+        if splits is None:
+            splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
+        elif not 1 <= splits <= CHUNK - 2:
+            raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
+        return cls(
+            batch=batch,
+            kv_heads=kv_heads,
+            shared=shared,
+            heads=heads,
+            splits=min(splits, -(-min(capacity, window or capacity) // LEAST)),
+            size=size,
+            value_size=value_size,
+            rope_size=rope_size,
+            window=window or 0,
+            dtype=keys.dtype,
+            q_dtype=q.dtype,
+            state_step=0 if state.ndim == 1 else 3,
+        )
+
+    @property
+    def groups(self) -> int:
+        """Groups of query heads that share one kv head."""
+        return -(-self.shared // self.heads)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Threadgroups along y and z."""
+        return self.kv_heads * self.groups, self.batch
+
+    @property
+    def rows(self) -> int:
+        """Sequences times groups of heads: what parts are added up in."""
+        return self.batch * self.kv_heads * self.groups
+
+    @property
+    def counters(self) -> int:
+        """How many counters there must be; small arrays would lie in memory of the host."""
+        return max(16, self.rows * _COUNTERS_OF_A_ROW)
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.batch, self.kv_heads * self.shared, self.value_size
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """Shape of the parts: sums over values, the maximum, the sum of weights, two unused."""
+        return self.rows, self.splits, self.heads, self.value_size + 4
+
+    @property
+    def template(self) -> tuple[tuple[str, mx.Dtype | int], ...]:
+        """Values of the sources' templates."""
+        padded = _power_of_two(self.heads)
+        simdgroups = THREADS // SIMD
+        # As many heads as there is room for meet at once.
+        meeting = padded
+        while meeting > 1 and simdgroups * meeting * self.value_size * 4 > _MEETING:
+            meeting //= 2
+        a_load = 16 // self.dtype.size
+        k_lanes, k_vectors = _lanes(self.size // a_load)
+        v_lanes, v_vectors = _lanes(self.value_size // a_load)
+        p_vectors = -(-self.rope_size // (a_load * k_lanes))
+        query = self.size + self.rope_size
+        if self.rope_size:  # whole vectors for all lanes
+            query = k_vectors * k_lanes * a_load + self.rope_size
+        staged = self.heads * query + self.size + self.rope_size
+        numbers = {
+            "THREADS": THREADS,
+            "CHUNK": CHUNK,
+            # Queries in threadgroup memory are read less often if they meet more rows.
+            "AHEAD": max(1, (2 * AHEAD if self.rope_size else AHEAD) // k_vectors),
+            "V_AHEAD": max(1, AHEAD // v_vectors),
+            "D": self.size,
+            "DV": self.value_size,
+            "E": self.rope_size,
+            "K_LANES": k_lanes,
+            "K_VECTORS": k_vectors,
+            "P_VECTORS": p_vectors,
+            "V_LANES": v_lanes,
+            "V_VECTORS": v_vectors,
+            "KV_HEADS": self.kv_heads,
+            "SHARED": self.shared,
+            "GROUPS": self.groups,
+            "HEADS": self.heads,
+            "PADDED": padded,
+            "PASS": meeting,
+            "SCRATCH": -(-max(staged, simdgroups * meeting * self.value_size) // 4) * 4,
+            "SPLITS": self.splits,
+            "LEAST": LEAST,
+            "WINDOW": self.window,
+            "FLAT": max(2, _FLAT // (4 * self.heads * self.value_size)),
+            "COUNTERS": _COUNTERS_OF_A_ROW,
+            "STEP": self.state_step,
+        }
+        return (("T", self.dtype), ("Q", self.q_dtype), *numbers.items())
+
+    def form(self, backend: str) -> str:
+        """Return which form of the source a backend runs (`Variant.form`)."""
+        if self.splits == 1:
+            return "whole"
+        return "joined" if backend == "cuda" else "parts"
+
+
+def launched(
+    variant: Variant,
+    layout: Layout,
+    backend: str,
+    arrays: Mapping[str, mx.array | None],
+    numbers: tuple[tuple[str, int], ...],
+) -> mx.array:
+    """Launch attention.
+
+    Args:
+        variant: which source.
+        layout: how it is spread.
+        backend: where it runs.
+        arrays: input -> array, None where the variant has no such input or, for counters, where
+            those of this thread and stream are to be taken.
+        numbers: further values of the template.
+
+    Raises:
+        ValueError: the counters given are none, or too few.
+    """
+    given = dict(arrays)
+    if variant.form == "joined":
+        given["counters"] = _counters(layout.counters, arrays.get("counters"))
+    shapes = {"out": layout.out, "sums": layout.sums}
+    dtypes = {"out": layout.q_dtype, "sums": mx.float32}
+    template = (*layout.template, *numbers)
+    found = launcher(_definition(variant), backend)(
+        inputs=[array for name in variant.inputs if (array := given[name]) is not None],
+        output_shapes=[shapes[name] for name in variant.outputs],
+        output_dtypes=[dtypes[name] for name in variant.outputs],
+        grid=(layout.splits * THREADS, *layout.grid),
+        threadgroup=(THREADS, 1, 1),
+        template=template,
+    )
+    if variant.form != "parts":
+        return found[0]
+    state = given["state"]
+    assert state is not None
+    [out] = launcher(_combination(), backend)(
+        inputs=[found[0], state],
+        output_shapes=[layout.out],
+        output_dtypes=[layout.q_dtype],
+        grid=(layout.heads * THREADS, *layout.grid),
+        threadgroup=(THREADS, 1, 1),
+        template=layout.template,
+    )
+    return out
+
+
+def _lanes(vectors: int) -> tuple[int, int]:
+    """Return how many lanes read a row of so many vectors, and how many vectors each reads."""
+    lanes = min(SIMD, _power_of_two(vectors))
+    return lanes, -(-vectors // lanes)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def _definition(variant: Variant) -> Definition:
+    source = attention_latent_source if variant.latent else attention_source
+    return Definition(
+        name="decode_attention_latent" if variant.latent else "decode_attention",
+        input_names=variant.inputs,
+        output_names=variant.outputs,
+        source=source.attention(variant),
+        header=attention_source.HEADER,
+        ensure_row_contiguous=False,
+        updated_inputs=variant.updated,
+        partial_outputs=variant.form != "whole",
+    )
+
+
+@cache
+def _combination() -> Definition:
+    return Definition(
+        name="decode_attention_combination",
+        input_names=("sums", "state"),
+        output_names=("out",),
+        source=attention_source.combination(),
+    )
+
+
+class _Counters(threading.local):
+    """Counters of one thread, for each stream: streams can be compared, not hashed."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[mx.Stream, mx.array]] = []
+
+
+_COUNTERS = _Counters()
+
+
+def _counters(number: int, given: mx.array | None) -> mx.array:
+    """Return counters: those given, or this thread's for its stream."""
+    if given is not None:
+        if given.dtype != mx.int32 or given.ndim != 1 or given.size < number:
+            raise ValueError(
+                f"counters are {given.dtype} {given.shape}; they take at least {number} int32"
+            )
+        return given
+    stream = mx.default_stream(mx.default_device())
+    for of, counters in _COUNTERS.made:
+        if of == stream and counters.size >= number:
+            return counters
+    made = mx.zeros((max(4096, number),), mx.int32)
+    mx.eval(made)
+    _COUNTERS.made.append((stream, made))
+    return made
