@@ -89,12 +89,18 @@ def stock_graph(model: nn.Module, context: int = CONTEXT) -> Graph:
 
 
 def patched_graph(model: nn.Module) -> Graph | None:
-    """Return the rewritten graph of one decoded token; None where there is no rewriting."""
+    """Return the rewritten graph of one decoded token; None where there is no rewriting.
+
+    It is replayed under `mx.compile`, so all of it is joined as that does.
+    """
     if find_spec(_PROGRAM) is None:
+        return None
+    rewritten = getattr(import_module(_PROGRAM), "decode_graph", None)
+    if rewritten is None:
         return None
     from zmlx.graph.compiled import fused  # noqa: PLC0415
 
-    return fused(import_module(_PROGRAM).decode_graph(model))
+    return fused(rewritten(model))
 
 
 def count(model: nn.Module, backends: Iterable[str], context: int = CONTEXT) -> dict[str, Counts]:
