@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -50,10 +51,24 @@ class Chain:
         after: an array that is there only when the step has run that was last put into the
             buffers; None before the first.
         tracks: where the next tokens go.
+        caches: those that share it, as long as all of them are lent.
+        arrays: their keys and values.
     """
 
     after: mx.array | None = None
     tracks: dict[Kind, Track] = field(default_factory=dict)
+    caches: tuple[Any, ...] = ()
+    arrays: tuple[mx.array, ...] = ()
+
+    def holds(self, caches: Sequence[Any]) -> bool:
+        """Return whether these are the chain's caches, of one length, with room for a token."""
+        if len(caches) != len(self.caches) or not all(map(is_, caches, self.caches)):
+            return False
+        offset = caches[0].offset
+        for cache in caches:
+            if cache.offset != offset:
+                return False
+        return all(_has_room(next(c for c in caches if kind_of(c) == kind)) for kind in self.tracks)
 
     def state(self, cache: KVCache | RotatingKVCache) -> mx.array:
         """Return write index, length and position, int32 (3,), of a cache's next token."""
@@ -85,6 +100,7 @@ class _Lent:
     def _returned(self) -> Any:
         """Make this an ordinary cache again."""
         loan = self.__dict__.pop("_zmlx_loan")
+        loan.chain.caches = ()
         keys, values = loan.keys, loan.values
         if loan.chain.after is not None:
             keys, values = mx.depends([keys, values], [loan.chain.after])
@@ -178,9 +194,10 @@ def lend(caches: Sequence[Any]) -> Chain:
     Returns:
         Their chain.
     """
-    chains = {id(c._zmlx_loan.chain): c._zmlx_loan.chain for c in caches if is_lent(c)}
-    if len(chains) == 1 and all(is_lent(c) and _has_room(c) for c in caches):
-        return next(iter(chains.values()))
+    if is_lent(caches[0]):
+        chain: Chain = caches[0]._zmlx_loan.chain
+        if chain.holds(caches):
+            return chain
     chain = Chain()
     for cache in caches:
         keys, values = (_with_room(cache, array) for array in (cache.keys, cache.values))
@@ -189,6 +206,10 @@ def lend(caches: Sequence[Any]) -> Chain:
         del cache.keys, cache.values
         cache.__class__ = _LENT[type(cache)]
         cache.__dict__["_zmlx_loan"] = _Loan(keys, values, chain)
+    chain.caches = tuple(caches)
+    chain.arrays = tuple(array for cache in caches for array in buffers(cache))
+    for cache in {kind_of(cache): cache for cache in caches}.values():
+        chain.state(cache)
     return chain
 
 

@@ -10,6 +10,7 @@ embedding, and those read the position from an array afterwards.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from zmlx.graph.lending import Kind, advance, buffers, is_lent, kind_of, lend, place
+from zmlx.graph.lending import Chain, Kind, advance, buffers, is_lent, kind_of, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import emit
 from zmlx.graph.rewrite.attention import Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
 from zmlx.graph.rewrite.experts import fuse_experts
 from zmlx.graph.rewrite.products import fuse_products
+from zmlx.graph.rewrite.shapes import settled
 from zmlx.graph.same import difference
 from zmlx.graph.trace import trace
 
@@ -174,7 +176,7 @@ def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) ->
         if unlike is not None:
             raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
     graph = fuse_products(fuse_experts(first.graph))
-    return Traced(fuse_small(fold_constants(graph)), first.kinds)
+    return Traced(settled(fuse_small(fold_constants(graph))), first.kinds)
 
 
 def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Traced:
@@ -219,33 +221,63 @@ class DecodeProgram:
         self.traced = traced
         self.layout = layout
         self._replay = mx.compile(partial(_run, traced.graph))
+        self.lent = [at for at, kind in enumerate(layout.kinds) if kind is not None]
+        self._plain = [at for at, kind in enumerate(layout.kinds) if kind is None]
+        self._examples = [layout.kinds.index(kind) for kind in traced.kinds]
 
     def __call__(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
         """Run a step, lazily, and put its token into the caches.
 
         Args:
             tokens: int (1, 1).
-            caches: of the program's layout; each `KVCache` is lent afterwards.
+            caches: of the program's layout; those with keys and values are lent afterwards.
 
         Returns:
             What the model's forward returns.
         """
-        lent = [cache for cache in caches if kind_of(cache) is not None]
-        chain = lend(lent)
+        chain = self.chain(caches)
+        states = [chain.state(caches[at]) for at in self._examples]
+        held = held_arrays(caches) if self._plain else chain.arrays
+        chain.after, *rest = self._replay(tokens, *held, *states, chain.after)
+        for cache in chain.caches:
+            advance(cache)
+        given = iter(rest)
+        for at in self._plain:
+            caches[at].cache = [next(given) for _ in caches[at].cache]
+        return chain.after
+
+    @property
+    def count(self) -> int:
+        """How many caches there are."""
+        return len(self.layout.kinds)
+
+    def chain(self, caches: Sequence[Any]) -> Chain:
+        """Return the chain of a model's caches; those with keys and values are lent then."""
+        chain = lend([caches[at] for at in self.lent])
         if chain.after is None:
             first = self.traced.graph.inputs[-1]
             chain.after = mx.zeros(first.shape, first.dtype)
-        by_kind = {kind_of(cache): cache for cache in lent}
-        states = [chain.state(by_kind[kind]) for kind in self.traced.kinds]
-        hidden, *rest = self._replay(tokens, *held_arrays(caches), *states, chain.after)
-        chain.after = hidden
-        given = iter(rest)
-        for cache in caches:
-            if is_lent(cache):
-                advance(cache)
-            else:
-                cache.cache = [next(given) for _ in cache.cache]
-        return hidden  # type: ignore[no-any-return]
+        return chain
+
+    def check(
+        self, forward: Forward, tokens: mx.array, caches: Sequence[Any], allowed: float
+    ) -> None:
+        """Run a step of copies of the caches, and compare it with the forward's.
+
+        Args:
+            forward: the model's own.
+            tokens: as of a call.
+            caches: they stay as they are.
+            allowed: root mean square of the difference, relative to that of the result.
+
+        Raises:
+            ProgramRefused: they differ by more, or the result is not finite where the forward's is.
+        """
+        one, other = (copy.deepcopy(list(caches)) for _ in range(2))
+        found, truth = (y.astype(mx.float32) for y in (self(tokens, one), forward(tokens, other)))
+        error = mx.sqrt(mx.square(found - truth).mean() / mx.square(truth).mean()).item()
+        if not error <= allowed and bool(mx.isfinite(truth).all()):
+            raise ProgramRefused(f"its kernels differ from the model's own step by {error:.2g}")
 
 
 def _run(graph: Graph, *arrays: mx.array) -> list[mx.array]:
