@@ -192,7 +192,7 @@ class _Finder:
         )
 
     def rotated_scores(self, mask: Value, scale: float) -> tuple[Value, _Write] | None:
-        """Return q_pe and the update of the rotated keys of scale * q_pe @ keys.T, if it is that."""
+        """Return q_pe and the update of rotated keys in scale * q_pe @ keys.T, if it is that."""
         graph = self.graph
         product = graph.producers.get(mask)
         if product is None or product.op != "Matmul":

@@ -7,7 +7,7 @@ After    h, cache = program(layers(...))        CPU: one, with the same operatio
 Found as the module that holds the layers and passes the cache on to them. On a CPU its forward runs
 as it is, and builds its graph; before that is evaluated, what the native library can run in one go
 is taken together, also the updates of the cache. On a GPU the forward is traced once, for one
-token of one sequence, its graph is rewritten with fused kernels (zmlx.graph) and then replayed without
+token of one sequence, its graph is rewritten with fused kernels (zmlx.graph), and replayed without
 the forward. Prompts, batches, modules in training mode and caches that the program does not know
 keep the forward.
 """
