@@ -48,7 +48,8 @@ class Stored:
         """Return the weight that some inputs are."""
         given = list(arrays)
         bias = given.pop() if self.has_bias else None
-        w, scales, biases = [*given, None, None][:3]
+        w, *rest = given
+        scales, biases, *_ = (*rest, None, None)
         return Weight(w, scales, biases, bias, self.mode, self.group_size, self.bits)
 
 
