@@ -116,12 +116,17 @@ def _recorded(
     config: PatchConfig, parameters: list[inspect.Parameter], count: int
 ) -> Proposal | Refused:
     """Return what replays steps on a GPU."""
-    names = tuple(parameter.name for parameter in parameters)
-    if names[0] == "cache":
-        return Refused("its forward takes the cache before the tokens")
-    if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
-        return Refused("its forward takes any number of arguments")
-    needed = tuple(p.name for p in parameters[1:] if p.default is p.empty and p.name != "cache")
+    kinds = inspect.Parameter
+    names = tuple(p.name for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD)
+    if not names or names[0] == "cache":
+        return Refused("its forward does not take the tokens first")
+    if any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
+        return Refused("its forward takes arguments that have no name")
+    needed = tuple(
+        p.name
+        for p in parameters[1:]
+        if p.default is p.empty and p.kind is not kinds.VAR_KEYWORD and p.name != "cache"
+    )
     uses = tuple(
         KernelUse(DECODE_ATTENTION, {"head_dim": 64, "dtype": dtype})
         for dtype in (mx.float32, mx.bfloat16)
@@ -139,7 +144,7 @@ def _replaying(base: type, names: tuple[str, ...], needed: tuple[str, ...]) -> C
 
     Args:
         base: the library's class.
-        names: of its forward's arguments: first the tokens, then others, among them `cache`.
+        names: of its forward's arguments in their order: first the tokens, then others.
         needed: those of the others that have no default; None is given for them.
     """
     stock = base.__call__
