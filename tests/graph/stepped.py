@@ -1,7 +1,7 @@
 """Models whose steps are replayed as on a GPU, beside the same models as they are.
 
-Without a GPU the products run as MLX's operations and the attention in the emulator; what is traced,
-rewritten and replayed is what a GPU replays.
+Without a GPU the products run as MLX's operations and the attention in the emulator; what is
+traced, rewritten and replayed is what a GPU replays.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def programs(model: nn.Module) -> list[DecodeProgram]:
     return [p for steps in held for p in steps._programs.values() if p is not None]
 
 
-def filled(model: nn.Module, prompt: mx.array = PROMPT, cache: list[Any] | None = None) -> list[Any]:
+def filled(
+    model: nn.Module, prompt: mx.array = PROMPT, cache: list[Any] | None = None
+) -> list[Any]:
     """Return a model's caches after a prompt."""
     cache = make_prompt_cache(model) if cache is None else cache
     mx.eval(model(prompt, cache=cache))
