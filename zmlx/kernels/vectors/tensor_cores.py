@@ -32,6 +32,8 @@ RESIDENT = 2
 MOST_BLOCKS = 3
 #: Chunks of 16 rows, a kilobyte each, that a warp asks for before it computes.
 CHUNKS_IN_FLIGHT = 4
+#: Warps of a block, and terms of a sum, which each has some of them.
+MOST_WARPS, MOST_TERMS = 16, 32
 #: Vectors that are multiplied at once: columns of a product of a tensor core.
 MOST_TOKENS = 8
 #: Bytes of a block's shared memory that need no permission.
@@ -110,9 +112,9 @@ class Launch:
 
     @property
     def chunks(self) -> int:
-        """Chunks of a row, of all terms."""
+        """Chunks of a row."""
         weight = self.weights[0]
-        return -(-weight.columns // _chunk(weight)) * (self.terms or 1)
+        return -(-weight.columns // _chunk(weight))
 
 
 def fits(launch: Launch) -> bool:
@@ -131,13 +133,13 @@ def body(launch: Launch) -> CudaBody | None:
 
     The names of its arrays, and of the types P, M, C, D and O, are those of the Metal text.
     """
-    if not fits(launch):
+    if not fits(launch) or launch.terms > MOST_TERMS:
         return None
     most = 1 if launch.chosen or launch.terms else min(launch.vectors, MOST_TOKENS)
     for tokens in range(most, 0, -1):
         launches = launch.vectors * launch.chosen or -(-launch.vectors // tokens)
         balanced = tokens if launch.chosen else -(-launch.vectors // launches)
-        layout = layout_of(launch, launches, balanced)
+        layout = layout_of(launch, launches)
         if _shared_bytes(launch, layout, balanced) <= SHARED_BYTES:
             break
     else:
@@ -152,7 +154,7 @@ def body(launch: Launch) -> CudaBody | None:
     )
 
 
-def layout_of(launch: Launch, launches: int, tokens: int) -> Layout:
+def layout_of(launch: Launch, launches: int) -> Layout:
     """Choose how `launches` times the tiles of all outputs are dealt out.
 
     A tile is split over as many warps as it takes to keep all multiprocessors busy, or over more
@@ -160,22 +162,21 @@ def layout_of(launch: Launch, launches: int, tokens: int) -> Layout:
     """
     tiles, chunks = launch.tiles, launch.chunks
     found: list[tuple[float, int, Layout]] = []
-    for split in (1, 2, 4, 8, 16):
-        if split > 1 and split > chunks:
+    terms = launch.terms or 1
+    for per in (1, 2, 4, 8, 16):
+        if per > 1 and (per > chunks or per * terms > MOST_WARPS):
             break
-        layout, even = _dealt(launch, launches, split)
-        busy = min(1.0, tiles * launches * split / ENOUGH_WARPS)
-        found.append((round(min(busy, 0.95) * (0.5 + even / 2), 2), -split, layout))
-    del tokens
+        layout, even = _dealt(launch, launches, per)
+        busy = min(0.95, tiles * launches * per * terms / ENOUGH_WARPS)
+        found.append((round(busy * (0.5 + even / 2), 2), -per, layout))
     return max(found, key=lambda one: one[:2])[2]
 
 
-def _dealt(launch: Launch, launches: int, split: int) -> tuple[Layout, float]:
-    """Return a layout, and which part of the blocks' time is used."""
-    warps = max(8, split)
-    if launch.terms:  # a warp stages what it multiplies, and nobody else does
-        warps = split
-    each = -(-launch.chunks // split)
+def _dealt(launch: Launch, launches: int, per: int) -> tuple[Layout, float]:
+    """Return a layout with `per` warps for a row, and which part of the blocks' time is used."""
+    split = per * (launch.terms or 1)
+    warps = split if launch.terms else max(8, split)
+    each = -(-launch.chunks // per)
     turns = -(-each // max(1, CHUNKS_IN_FLIGHT // launch.matrices))
     depth = -(-each // turns)
     blocks = -(-launch.tiles // (warps // split))

@@ -35,18 +35,19 @@ struct Constants<__half> {
 template <typename X>
 __device__ __forceinline__ unsigned affine4(unsigned w) {
   using N = Constants<X>;
-  return fma2((w & 0x000f000fu) | N::MAGIC, N::ONE, N::MINUS_MIDDLE_4, X());
+  return fma2(and_or(w, 0x000f000fu, N::MAGIC), N::ONE, N::MINUS_MIDDLE_4, X());
 }
 
 // The lowest 8 bits of both halves of a word, less 128.
 __device__ __forceinline__ unsigned affine8(unsigned w, __nv_bfloat16 kind) {
   // Fractions have 7 bits: 128 + (q mod 128), less 128 where q is 128 or more and less 256 where not.
   using N = Constants<__nv_bfloat16>;
-  return fma2((w & 0x00800080u) ^ 0x43804380u, N::MINUS_ONE, (w & 0x007f007fu) | N::MAGIC, kind);
+  return fma2(and_xor(w, 0x00800080u, 0x43804380u), N::MINUS_ONE,
+              and_or(w, 0x007f007fu, N::MAGIC), kind);
 }
 __device__ __forceinline__ unsigned affine8(unsigned w, __half kind) {
   using N = Constants<__half>;
-  return fma2((w & 0x00ff00ffu) | N::MAGIC, N::ONE, N::MINUS_MIDDLE_8, kind);
+  return fma2(and_or(w, 0x00ff00ffu, N::MAGIC), N::ONE, N::MINUS_MIDDLE_8, kind);
 }
 
 // Small floats are put where sign, exponent and fraction belong, and multiplied with what the
@@ -58,17 +59,17 @@ __device__ __forceinline__ unsigned fp4(unsigned w, __nv_bfloat16 kind) {
 __device__ __forceinline__ unsigned fp4(unsigned w, __half kind) {
   using N = Constants<__half>;
   return fma2(
-      (w << 12 & 0x80008000u) | (w << 9 & 0x0e000e00u), N::FP4, N::MINUS_ZERO, kind);
+      and_or(w << 12, 0x80008000u, w << 9 & 0x0e000e00u), N::FP4, N::MINUS_ZERO, kind);
 }
 __device__ __forceinline__ unsigned fp8(unsigned w, __nv_bfloat16 kind) {
   using N = Constants<__nv_bfloat16>;
   return fma2(
-      (w << 8 & 0x80008000u) | (w << 4 & 0x07f007f0u), N::FP8, N::MINUS_ZERO, kind);
+      and_or(w << 8, 0x80008000u, w << 4 & 0x07f007f0u), N::FP8, N::MINUS_ZERO, kind);
 }
 __device__ __forceinline__ unsigned fp8(unsigned w, __half kind) {
   using N = Constants<__half>;
   return fma2(
-      (w << 8 & 0x80008000u) | (w << 7 & 0x3f803f80u), N::FP8, N::MINUS_ZERO, kind);
+      and_or(w << 8, 0x80008000u, w << 7 & 0x3f803f80u), N::FP8, N::MINUS_ZERO, kind);
 }
 
 __device__ __forceinline__ unsigned part(const uint4& v, int i) {
@@ -113,12 +114,6 @@ __device__ __forceinline__ float widened(unsigned bits, __half) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 __device__ __forceinline__ float widened(unsigned bits, float) { return __uint_as_float(bits); }
-__device__ __forceinline__ unsigned narrowed(float value, __nv_bfloat16) {
-  return __bfloat16_as_ushort(__float2bfloat16(value));
-}
-__device__ __forceinline__ unsigned narrowed(float value, __half) {
-  return __half_as_ushort(__float2half(value));
-}
 
 // A scale from its bits.
 template <int MODE, typename S>

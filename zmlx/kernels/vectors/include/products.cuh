@@ -11,7 +11,7 @@
 //   K columns; MODE, BITS, GROUP of the packing; ROWS0 to ROWS3 of the matrices
 //   MATRICES that a warp multiplies side by side, gate and up; OUTPUTS matrices one after another
 //   TOKENS vectors of a launch, of ALL; CHOSEN experts of a vector; OWN vectors of each expert
-//   TERMS experts whose products are summed, 0 for none
+//   TERMS experts whose products are summed, 0 for none: SPLIT / TERMS warps have one of them
 //   WARPS of a block, SPLIT warps of a tile; DEPTH chunks on their way; TURNS times DEPTH chunks a
 //   warp; BLOCKS of a launch, which do ROUNDS tiles each
 //   NORM, ACTIVATION, BIAS (1 of the first matrix, 2 of the second), RESIDUAL, SHARED
@@ -28,6 +28,10 @@ enum Activation { NONE, SILU, GELU, GELU_TANH, RELU2, CLIPPED_SWIGLU };
 template <typename T>
 struct Four {
   T* at[4];
+
+  __device__ __forceinline__ T* get(int i) const {
+    return i == 0 ? at[0] : i == 1 ? at[1] : i == 2 ? at[2] : at[3];
+  }
 };
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -48,8 +52,7 @@ struct Sizes {
       EACH = 8 / SLOTS,  // vectors of a product of the tensor core
       SETS = (Q::TOKENS + EACH - 1) / EACH,
       GROUPS = Q::K / GROUP,  // scales of a row
-      TERMS = Q::TERMS ? Q::TERMS : 1,
-      ALL_UNITS = TERMS * CHUNKS,
+      PER = Q::TERMS ? Q::SPLIT / Q::TERMS : Q::SPLIT,  // warps that share a row
       MINE = Q::DEPTH * Q::TURNS,  // chunks of a warp
       UNITS = Q::SPLIT * MINE,  // chunks of a tile, with those past the end
       TILES = Q::WARPS / Q::SPLIT,
@@ -59,23 +62,24 @@ struct Sizes {
   static constexpr bool
       SCALED = MODE != DENSE, BIASED = MODE == AFFINE,
       LOCAL = TILES == 1,  // a warp stages what it multiplies
-      WIDE = SLOTS <= 2 && HALVES == 1 && GROUP <= CHUNK && !Q::TERMS,
-      WHOLE = ALL_UNITS == UNITS && Q::K % CHUNK == 0,
+      WIDE = SLOTS <= 2 && HALVES == 1 && GROUP <= CHUNK,
+      ALIKE = !Q::CHOSEN && !Q::TERMS,  // all vectors meet the same matrices
+      WHOLE = PER * MINE * CHUNK == Q::K,  // nothing is past the end of a row
       ONCE = Q::ROUNDS * Q::TURNS == 1;
   // Scales of a lane: for a chunk, and for each load.
   static constexpr int HAS = (SLOTS == 1 ? 1 : 2) * HALVES, RUNS = WIDE ? 1 : Q::DEPTH,
                        RUN = WIDE ? Q::DEPTH * HAS : HAS;
 
-  static constexpr int rows(int matrix) {
-    return matrix == 0 ? Q::ROWS0 : matrix == 1 ? Q::ROWS1 : matrix == 2 ? Q::ROWS2 : Q::ROWS3;
-  }
-  static constexpr int start(int matrix) {  // its first tile
-    return matrix == 0 ? 0 : start(matrix - 1) + (rows(matrix - 1) + 15) / 16;
-  }
+  // The first tiles of the outputs.
+  static constexpr int START1 = (Q::ROWS0 + 15) / 16, START2 = START1 + (Q::ROWS1 + 15) / 16,
+                       START3 = START2 + (Q::ROWS2 + 15) / 16;
+  static constexpr bool EVEN =  // nothing is past the last row
+      START3 * 16 + Q::ROWS3 == Q::BLOCKS * Q::ROUNDS * TILES * 16 && Q::ROWS0 % 16 == 0 &&
+      Q::ROWS1 % 16 == 0 && Q::ROWS2 % 16 == 0 && Q::ROWS3 % 16 == 0;
 };
 
 // N neighbours of a row of LENGTH scales, in loads as wide as all rows allow.
-template <typename S, int N, int LENGTH>
+template <typename S, int N, int LENGTH, bool WHOLE>
 struct Run {
   static constexpr int BYTES = N * int(sizeof(S)),
                        WIDTH = common(common(16, BYTES), LENGTH * int(sizeof(S)));
@@ -84,21 +88,22 @@ struct Run {
   __device__ __forceinline__ void load(const S* row, unsigned at) {
 #pragma unroll
     for (int i = 0; i < BYTES / WIDTH; ++i) {
+      unsigned from = at + i * (WIDTH / int(sizeof(S)));
       // What is past the end meets activations of zero.
-      unsigned from = min(at + i * WIDTH / unsigned(sizeof(S)), LENGTH - WIDTH / unsigned(sizeof(S)));
+      if constexpr (!WHOLE) from = min(from, LENGTH - WIDTH / unsigned(sizeof(S)));
       if constexpr (WIDTH == 16) {
-        uint4 v = __ldg(reinterpret_cast<const uint4*>(row + from));
+        uint4 v = read(reinterpret_cast<const uint4*>(row + from));
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
       } else if constexpr (WIDTH == 8) {
-        uint2 v = __ldg(reinterpret_cast<const uint2*>(row + from));
+        uint2 v = read(reinterpret_cast<const uint2*>(row + from));
         words[2 * i] = v.x, words[2 * i + 1] = v.y;
       } else if constexpr (WIDTH == 4) {
-        words[i] = __ldg(reinterpret_cast<const unsigned*>(row + from));
+        words[i] = read(reinterpret_cast<const unsigned*>(row + from));
       } else if constexpr (WIDTH == 2) {
-        unsigned v = __ldg(reinterpret_cast<const unsigned short*>(row + from));
+        unsigned v = read(reinterpret_cast<const unsigned short*>(row + from));
         words[i / 2] = i % 2 ? words[i / 2] | v << 16 : v;
       } else {
-        unsigned v = __ldg(reinterpret_cast<const unsigned char*>(row + from));
+        unsigned v = read(reinterpret_cast<const unsigned char*>(row + from));
         words[i / 4] = i % 4 ? words[i / 4] | v << 8 * (i % 4) : v;
       }
     }
@@ -116,57 +121,47 @@ struct Run {
 template <typename Q, typename S>
 struct Held {
   using Z = Sizes<Q>;
-  using Scales = Run<S, Z::RUN, Z::SCALED ? Z::GROUPS : 16>;
+  using Scales = Run<S, Z::RUN, Z::SCALED ? Z::GROUPS : 16, Z::WHOLE>;
   uint4 words[Q::DEPTH][Q::MATRICES][2];
   Scales scales[Z::SCALED ? Z::RUNS : 1][Q::MATRICES][2];
   Scales biases[Z::BIASED ? Z::RUNS : 1][Q::MATRICES][2];
 };
 
 // Where a warp reads: the matrices of its tile, and in each the rows of a lane.
-template <typename Q, typename S, typename I>
+template <typename Q, typename S>
 struct Place {
   using Z = Sizes<Q>;
   const uint4* w[Q::MATRICES];
   const S* scales[Q::MATRICES];
   const S* biases[Q::MATRICES];
-  const I* experts;
   unsigned row[2];
 
-  __device__ __forceinline__ size_t expert(int unit) const {
-    if constexpr (Q::TERMS > 0) return size_t(experts[min(unit, Z::ALL_UNITS - 1) / Z::CHUNKS]);
-    return 0;
-  }
-  __device__ __forceinline__ static int chunk(int unit) {
-    if constexpr (Q::TERMS > 0) return min(unit, Z::ALL_UNITS - 1) % Z::CHUNKS;
-    return unit;
-  }
-  __device__ __forceinline__ void words(Held<Q, S>& held, int d, int unit, int quad) const {
-    unsigned piece = chunk(unit) * 4 + quad;
+  __device__ __forceinline__ void words(Held<Q, S>& held, int d, int chunk, int quad) const {
+    unsigned piece = chunk * 4 + quad;
     if constexpr (!Z::WHOLE) piece = min(piece, unsigned(Z::ROW - 1));
-    size_t first = expert(unit) * (size_t(Q::ROWS0) * Z::ROW) + piece;
 #pragma unroll
     for (int m = 0; m < Q::MATRICES; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        held.words[d][m][r] = read_once(w[m] + (first + row[r] * unsigned(Z::ROW)));
+        held.words[d][m][r] = read_once(w[m] + size_t(row[r]) * Z::ROW + piece);
       }
     }
   }
-  // The scales of all chunks of a turn from `unit` on.
-  __device__ __forceinline__ void shares(Held<Q, S>& held, int unit, int quad) const {
+  // The scales of all chunks of a turn.
+  __device__ __forceinline__ void shares(Held<Q, S>& held, int chunk, int quad) const {
     if constexpr (Z::SCALED) {
 #pragma unroll
       for (int d = 0; d < Z::RUNS; ++d) {
-        unsigned at = chunk(unit + d) * Z::CHUNK / Z::GROUP;
+        unsigned at = (chunk + d) * Z::CHUNK / Z::GROUP;
         if (Z::SLOTS == 4) at += quad % 2 * Z::HAS;
-        size_t first = expert(unit + d) * (size_t(Q::ROWS0) * Z::GROUPS);
 #pragma unroll
         for (int m = 0; m < Q::MATRICES; ++m) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            size_t from = first + row[r] * unsigned(Z::GROUPS);
-            held.scales[d][m][r].load(scales[m] + from, at);
-            if constexpr (Z::BIASED) held.biases[d][m][r].load(biases[m] + from, at);
+            held.scales[d][m][r].load(scales[m] + size_t(row[r]) * Z::GROUPS, at);
+            if constexpr (Z::BIASED) {
+              held.biases[d][m][r].load(biases[m] + size_t(row[r]) * Z::GROUPS, at);
+            }
           }
         }
       }
@@ -202,8 +197,8 @@ using Sums = float[Q::MATRICES][Sizes<Q>::SETS][4];
 // vectors each, or one (the first) where a chunk has several groups.
 template <typename Q, typename X, typename S>
 __device__ __forceinline__ void use(const Held<Q, S>& held, int d, int unit,
-                                    const Vectors<Q>& vectors, const float* totals, float factor,
-                                    int quad, Sums<Q>& sums) {
+                                    const Vectors<Q>& vectors, const float* totals, int quad,
+                                    Sums<Q>& sums) {
   using Z = Sizes<Q>;
   constexpr int CHAINS = Q::MATRICES * Z::SETS == 1 && Z::STEPS > 1 ? 2 : 1;
 #pragma unroll
@@ -257,10 +252,10 @@ __device__ __forceinline__ void use(const Held<Q, S>& held, int d, int unit,
             }
           }
           if (Z::SLOTS == 1) {
-            sums[m][set][2 * r] += factor * value[0];
-            sums[m][set][2 * r + 1] += factor * value[1];
+            sums[m][set][2 * r] += value[0];
+            sums[m][set][2 * r + 1] += value[1];
           } else {
-            sums[m][set][2 * r] += factor * (value[0] + value[1]);
+            sums[m][set][2 * r] += value[0] + value[1];
           }
         }
       }
@@ -278,39 +273,59 @@ struct Stage {
                        TOGETHER = least(Z::CHUNK, Z::GROUP) / 8;  // threads that share a group
   uint4 raw[Q::TOKENS][EACH];
   uint4 norms[EACH];
-  int begin, worker;
+  const int first_chunk, first_unit, worker;
 
-  __device__ __forceinline__ static uint4 read8(const X* x) {
-    if (reinterpret_cast<size_t>(x) % 16 == 0) return __ldg(reinterpret_cast<const uint4*>(x));
+  __device__ __forceinline__ static uint4 read8(const X* x, bool aligned) {
+    if (aligned) return read(reinterpret_cast<const uint4*>(x));
+    uint4 v = make_uint4(0, 0, 0, 0);
     const unsigned short* bits = reinterpret_cast<const unsigned short*>(x);
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = bits[2 * i] | unsigned(bits[2 * i + 1]) << 16;
-    return make_uint4(words[0], words[1], words[2], words[3]);
+#pragma unroll 1
+    for (int i = 7; i >= 0; --i) {  // rare, and not to be mixed with the rest
+      v.w = v.w << 16 | v.z >> 16, v.z = v.z << 16 | v.y >> 16, v.y = v.y << 16 | v.x >> 16;
+      v.x = v.x << 16 | bits[i];
+    }
+    return v;
   }
-  // The piece of 8 columns that is the i-th of this thread: its unit, its column, whether it is one.
-  __device__ __forceinline__ bool at(int i, int& unit, int& column) const {
-    int piece = begin + worker + i * WORKERS;
-    unit = piece / OF_CHUNK;
-    column = (Q::TERMS ? unit % Z::CHUNKS : unit) * Z::CHUNK + piece % OF_CHUNK * 8;
-    return worker + i * WORKERS < COUNT && unit < Z::ALL_UNITS && column < Q::K;
+  // The column of the i-th piece of 8 of this thread, and whether there is one.
+  __device__ __forceinline__ bool at(int i, int& column) const {
+    column = (first_chunk * OF_CHUNK + worker + i * WORKERS) * 8;
+    return (COUNT % WORKERS == 0 || worker + i * WORKERS < COUNT) && (Z::WHOLE || column < Q::K);
   }
-  __device__ __forceinline__ Stage(const X* x, const X* norm, int first, int last, int part) {
-    begin = Z::LOCAL ? part * Z::MINE * OF_CHUNK : 0;
-    worker = Z::LOCAL ? threadIdx.x % 32 : threadIdx.x;
+  // Of vectors from `row` on; a warp begins with chunk `chunk`, which is staged as `unit`.
+  __device__ __forceinline__ Stage(const X* x, const X* norm, size_t row, int chunk, int unit)
+      : first_chunk(Z::LOCAL ? chunk : 0), first_unit(Z::LOCAL ? unit : 0),
+        worker(Z::LOCAL ? threadIdx.x % 32 : threadIdx.x) {
+    x += row * Q::K;
+    size_t address = reinterpret_cast<size_t>(x) | (Q::NORM ? reinterpret_cast<size_t>(norm) : 0);
+    if (__builtin_expect(address % 16 == 0, 1)) {
+      ask(x, norm, row, [](const X* from) { return read(reinterpret_cast<const uint4*>(from)); });
+    } else {
+      ask(x, norm, row, slowly);
+    }
+  }
+  template <typename F>
+  __device__ __forceinline__ void ask(const X* x, const X* norm, size_t row, F read8) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      int unit, column;
-      bool any = at(i, unit, column);
-      norms[i] = make_uint4(0, 0, 0, 0);
-      if (Q::NORM && any) norms[i] = read8(norm + column);
+      int column;
+      bool any = at(i, column);
+      if (Q::NORM) norms[i] = any ? read8(norm + column) : make_uint4(0, 0, 0, 0);
 #pragma unroll
       for (int t = 0; t < Q::TOKENS; ++t) {
-        raw[t][i] = make_uint4(0, 0, 0, 0);
-        size_t row = Q::TERMS ? first + unit / Z::CHUNKS : min(first + t, last);
-        if (any) raw[t][i] = read8(x + row * Q::K + column);
+        bool there = any && (!t || Q::ALL % Q::TOKENS == 0 || row + t < Q::ALL);
+        raw[t][i] = there ? read8(x + t * Q::K + column) : make_uint4(0, 0, 0, 0);
       }
     }
+  }
+  __device__ __forceinline__ static uint4 slowly(const X* x) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    const unsigned short* bits = reinterpret_cast<const unsigned short*>(x);
+#pragma unroll 1
+    for (int i = 7; i >= 0; --i) {
+      v.w = v.w << 16 | v.z >> 16, v.z = v.z << 16 | v.y >> 16, v.y = v.y << 16 | v.x >> 16;
+      v.x = v.x << 16 | bits[i];
+    }
+    return v;
   }
   // Values of 8 activations.
   __device__ __forceinline__ static void widen(const uint4& from, float (&to)[8]) {
@@ -341,21 +356,20 @@ struct Stage {
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < Q::TOKENS; ++t) {
-      float sum = 0.0f, v[8], w[8];
+      float sum = 0.0f, v[8];
       for (int i = 0; i < Q::WARPS; ++i) sum += squares[t * Q::WARPS + i];
       float factor = rsqrtf(sum / float(Q::K) + eps);
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         widen(raw[t][i], v);
-        widen(norms[i], w);
-        unsigned bits[8];
+        unsigned to[4];
         // Rounded as stock's norm is: the normalised value, and its product with the weight.
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          bits[j] = narrowed(widened(narrowed(v[j] * factor, X()), X()) * w[j], X());
+        for (int j = 0; j < 4; ++j) {
+          unsigned two = rounded2(v[2 * j] * factor, v[2 * j + 1] * factor, X());
+          to[j] = fma2(two, part(norms[i], j), Constants<X>::MINUS_ZERO, X());
         }
-        raw[t][i] = make_uint4(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16,
-                               bits[4] | bits[5] << 16, bits[6] | bits[7] << 16);
+        raw[t][i] = make_uint4(to[0], to[1], to[2], to[3]);
       }
     }
   }
@@ -365,16 +379,15 @@ struct Stage {
     for (int t = 0; t < Q::TOKENS; ++t) {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
-        int unit, column, within = (worker + i * WORKERS) % OF_CHUNK;
-        at(i, unit, column);
-        bool inside = worker + i * WORKERS < COUNT;
+        const int piece = worker + i * WORKERS, within = piece % OF_CHUNK;
+        const int unit = first_unit + piece / OF_CHUNK;
+        const bool inside = COUNT % WORKERS == 0 || piece < COUNT;
         int to = ((t * Z::UNITS + unit) * Z::STEPS + within % Z::STEPS) * 4 + within / Z::STEPS;
         if (inside) staged[to] = ordered<Q::BITS>(raw[t][i]);
         if constexpr (Z::BIASED) {
-          float sum = 0.0f, v[8];
+          float v[8];
           widen(raw[t][i], v);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sum += v[j];
+          float sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 #pragma unroll
           for (int j = 1; j < TOGETHER; j *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, j);
           if (inside && within % TOGETHER == 0) {
@@ -410,6 +423,118 @@ __device__ __forceinline__ float activated(float a, float b) {
   return Q::MATRICES == 2 ? a * b : a;
 }
 
+// A tile: its matrix among the outputs, that one's rows, and the first row of the tile.
+struct Tile {
+  int matrix, rows, row;
+
+  template <typename Q>
+  __device__ __forceinline__ void choose(int tile) {
+    using Z = Sizes<Q>;
+    matrix = 0, rows = Q::ROWS0;
+    int start = 0;
+    if (Q::OUTPUTS > 1 && tile >= Z::START1) matrix = 1, rows = Q::ROWS1, start = Z::START1;
+    if (Q::OUTPUTS > 2 && tile >= Z::START2) matrix = 2, rows = Q::ROWS2, start = Z::START2;
+    if (Q::OUTPUTS > 3 && tile >= Z::START3) matrix = 3, rows = Q::ROWS3, start = Z::START3;
+    row = (tile - start) * 16;
+  }
+};
+
+// Leave a warp's sums, times a factor, for the threads that add them up.
+template <typename Q>
+__device__ __forceinline__ void put(const Sums<Q>& sums, float factor, int lane,
+                                    float (&to)[Q::MATRICES][Sizes<Q>::RESULTS]) {
+  using Z = Sizes<Q>;
+  const int quad = lane % 4;
+#pragma unroll
+  for (int m = 0; m < Q::MATRICES; ++m) {
+#pragma unroll
+    for (int s = 0; s < Z::SETS; ++s) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = lane / 4 + 8 * r;
+        if constexpr (Z::SLOTS == 1) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            int token = 2 * quad + i;
+            if (token < Q::TOKENS) to[m][token * 16 + row] = factor * sums[m][s][2 * r + i];
+          }
+        } else {
+          float sum = sums[m][s][2 * r];
+          if (Z::SLOTS == 4) sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+          int token = s * Z::EACH + quad * 2 / Z::SLOTS;
+          bool first = Z::SLOTS == 2 || quad % 2 == 0;
+          if (first && token < Q::TOKENS) to[m][token * 16 + row] = factor * sum;
+        }
+      }
+    }
+  }
+}
+
+// What a thread does with results of a tile; what it adds to them is asked for early.
+template <typename Q, typename P, typename M, typename C, typename D, typename O>
+struct Epilogue {
+  using Z = Sizes<Q>;
+  static constexpr int WORKERS = 32 * Q::SPLIT, EACH = (Z::RESULTS + WORKERS - 1) / WORKERS;
+  const Tile tile;
+  const int worker, launch;
+  const unsigned expert;
+  float residuals[EACH], others[EACH], offsets[EACH][2];
+
+  __device__ __forceinline__ Epilogue(Tile tile, int worker, int launch, unsigned expert)
+      : tile(tile), worker(worker), launch(launch), expert(expert) {}
+
+  // The row and the place of the j-th result of this thread, and whether there is one.
+  __device__ __forceinline__ bool at(int j, int& n, size_t& to) const {
+    const int result = worker + j * WORKERS, token = launch * Q::TOKENS + result / 16;
+    n = tile.row + result % 16;
+    to = size_t(Z::ALIKE ? token : launch) * tile.rows + n;
+    return result < Z::RESULTS && n < tile.rows && (!Z::ALIKE || token < Q::ALL);
+  }
+  template <typename B, typename R, typename H, typename I, typename G>
+  __device__ __forceinline__ void ask(const Four<const B>& bias, const R* residual,
+                                      const H* shared, const I* indices, const G* scores) {
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      int n;
+      size_t to;
+      if (!at(j, n, to)) continue;
+      if constexpr (Q::RESIDUAL > 0) residuals[j] = float(residual[to]);
+      if constexpr (Q::SHARED > 0) others[j] = float(shared[to]);
+      offsets[j][0] = offsets[j][1] = 0.0f;
+      if constexpr (Q::BIAS > 0 && Q::TERMS > 0) {
+        for (int term = launch * Q::TERMS; term < (launch + 1) * Q::TERMS; ++term) {
+          float more = float(bias.at[0][size_t(indices[term]) * Q::ROWS0 + n]);
+          offsets[j][0] = fmaf(float(scores[term]), more, offsets[j][0]);
+        }
+      } else {
+        if (Q::BIAS & 1) offsets[j][0] = float(bias.get(tile.matrix)[expert * Q::ROWS0 + n]);
+        if (Q::BIAS & 2) offsets[j][1] = float(bias.at[1][expert * Q::ROWS0 + n]);
+      }
+    }
+  }
+  __device__ __forceinline__ void write(
+      const float (&parts)[Q::SPLIT][Q::MATRICES][Z::RESULTS], const Four<O>& y) const {
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      int n;
+      size_t to;
+      if (!at(j, n, to)) continue;
+      float value[2] = {};
+#pragma unroll
+      for (int m = 0; m < Q::MATRICES; ++m) {
+#pragma unroll
+        for (int i = 0; i < Q::SPLIT; ++i) value[m] += parts[i][m][worker + j * WORKERS];
+        if (Q::BIAS & 1 << m) value[m] += offsets[j][m];
+      }
+      float a = activated<Q>(value[0], value[1]);
+      if constexpr (Q::TERMS > 0) a = float(C(float(M(a))));
+      if constexpr (Q::SHARED > 0) a = float(D(a + others[j]));
+      if constexpr (Q::RESIDUAL > 0) a = (Q::TERMS ? a : float(P(a))) + residuals[j];
+      y.get(tile.matrix)[to] = O(a);
+    }
+  }
+};
+
 // The launch. P, M, C, D, O: dtypes of a product, of a weighted sum, of what it is cast to, of that
 // with the shared expert's output, and of the outputs.
 template <typename Q, typename P, typename M, typename C, typename D, typename O, typename X,
@@ -419,10 +544,7 @@ __device__ __forceinline__ void products(const X* x, const X* norm, float eps, F
                                          Four<const B> bias, const R* residual, const H* shared,
                                          const I* indices, const G* scores, Four<O> y) {
   using Z = Sizes<Q>;
-  constexpr bool ALIKE = !Q::CHOSEN && !Q::TERMS;  // all vectors meet the same matrices
-  constexpr int BUFFERS = Q::ROUNDS > 1 ? 2 : 1,
-                OWN_RESULTS = (Z::RESULTS + 32 * Q::SPLIT - 1) / (32 * Q::SPLIT),
-                ZEROS = (Z::STEPS - 1) * 4 + 1;
+  constexpr int BUFFERS = Q::ROUNDS > 1 ? 2 : 1, ZEROS = (Z::STEPS - 1) * 4 + 1;
   __shared__ uint4 staged[Q::TOKENS * Z::UNITS * Z::STEPS * 4 + Q::WARPS * ZEROS];
   __shared__ float totals[Z::BIASED ? Z::SETS * Z::UNITS * 8 : 1];
   __shared__ float squares[Q::NORM ? Q::TOKENS * Q::WARPS : 1];
@@ -430,124 +552,65 @@ __device__ __forceinline__ void products(const X* x, const X* norm, float eps, F
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
   const int set = warp / Q::SPLIT, part = warp % Q::SPLIT, launch = blockIdx.y;
-  const int mine = part * Z::MINE;  // the first of this warp's chunks
-  uint4* zeros = staged + Q::TOKENS * Z::UNITS * Z::STEPS * 4 + warp * ZEROS;
-  int first = launch * Q::TOKENS, last = Q::ALL - 1;
-  size_t expert = 0;
-  if constexpr (Q::CHOSEN > 0) {
-    expert = size_t(indices[launch]);
-    first = last = Q::OWN ? launch : launch / Q::CHOSEN;
-  }
-  if constexpr (Q::TERMS > 0) first = launch * Q::TERMS;
+  const int chunk = part % Z::PER * Z::MINE, unit = part * Z::MINE;  // the first of this warp's
+  const int term = launch * Q::TERMS + part / Z::PER;
+  const unsigned expert = Z::ALIKE ? 0 : unsigned(indices[Q::TERMS ? term : launch]);
+  const size_t row = Z::ALIKE ? launch * Q::TOKENS : Q::TERMS ? term : Q::OWN ? launch : launch / Q::CHOSEN;
 
-  Stage<Q, X> stage(x, norm, first, last, part);
-  if (lane < ZEROS) zeros[lane] = make_uint4(0, 0, 0, 0);
-
-  Place<Q, S, I> place;
-  if constexpr (Q::TERMS > 0) place.experts = indices + launch * Q::TERMS;
-  int matrix = 0, rows = Q::ROWS0, row = 0;
+  Stage<Q, X> stage(x, norm, row, chunk, unit);
+  Place<Q, S> place;
+  Tile tile;
   auto locate = [&](int round) {
-    int tile = (blockIdx.x + round * Q::BLOCKS) * Z::TILES + set;
+    tile.template choose<Q>((blockIdx.x + round * Q::BLOCKS) * Z::TILES + set);
 #pragma unroll
     for (int m = 0; m < Q::MATRICES; ++m) {
-      place.w[m] = reinterpret_cast<const uint4*>(w.at[m]) + expert * (size_t(Q::ROWS0) * Z::ROW);
-      place.scales[m] = scales.at[m] + expert * (size_t(Q::ROWS0) * Z::GROUPS);
-      place.biases[m] = biases.at[m] + expert * (size_t(Q::ROWS0) * Z::GROUPS);
+      int from = m + tile.matrix;
+      place.w[m] = reinterpret_cast<const uint4*>(w.get(from));
+      place.scales[m] = scales.get(from);
+      place.biases[m] = biases.get(from);
     }
-    matrix = 0, rows = Q::ROWS0;
-    int start = 0;
 #pragma unroll
-    for (int n = 1; n < Q::OUTPUTS; ++n) {
-      if (tile < Z::start(n)) continue;
-      matrix = n, rows = Z::rows(n), start = Z::start(n);
-      place.w[0] = reinterpret_cast<const uint4*>(w.at[n]);
-      place.scales[0] = scales.at[n];
-      place.biases[0] = biases.at[n];
+    for (int r = 0; r < 2; ++r) {
+      int n = tile.row + lane / 4 + 8 * r;
+      place.row[r] = expert * Q::ROWS0 + (Z::EVEN ? n : min(n, tile.rows - 1));
     }
-    row = (tile - start) * 16;
-    place.row[0] = min(row + lane / 4, rows - 1);
-    place.row[1] = min(row + lane / 4 + 8, rows - 1);
   };
   Held<Q, S> held;
   locate(0);
 #pragma unroll
-  for (int d = 0; d < Q::DEPTH; ++d) place.words(held, d, mine + d, quad);
-  place.shares(held, mine, quad);
-  stage.finish(eps, staged, totals, squares);
+  for (int d = 0; d < Q::DEPTH; ++d) place.words(held, d, chunk + d, quad);
+  place.shares(held, chunk, quad);
+  uint4* zeros = staged + Q::TOKENS * Z::UNITS * Z::STEPS * 4 + warp * ZEROS;
+  // Always so, which the compiler does not know: it must not wait for the activations before it has
+  // asked for the weights.
+  if (y.at[0]) {
+    if (lane < ZEROS) zeros[lane] = make_uint4(0, 0, 0, 0);
+    stage.finish(eps, staged, totals, squares);
+  }
   const Vectors<Q> vectors(staged, zeros, lane);
 
 #pragma unroll 1
   for (int round = 0; round < Q::ROUNDS; ++round) {
-    const int own = part * 32 + lane, to_row = row, to_rows = rows, to_matrix = matrix;
-    float added[OWN_RESULTS], more[OWN_RESULTS], offset[OWN_RESULTS][2];
-#pragma unroll
-    for (int j = 0; j < OWN_RESULTS; ++j) {  // asked for now, added at the end
-      int at = own + j * 32 * Q::SPLIT, n = min(to_row + at % 16, to_rows - 1);
-      size_t token = ALIKE ? min(first + at / 16, last) : launch;
-      if (at >= Z::RESULTS) continue;
-      if constexpr (bool(Q::RESIDUAL)) added[j] = float(residual[token * to_rows + n]);
-      if constexpr (bool(Q::SHARED)) more[j] = float(shared[token * to_rows + n]);
-      if constexpr (Q::TERMS > 0 && Q::BIAS) {
-        offset[j][0] = 0.0f;
-        for (int term = 0; term < Q::TERMS; ++term) {
-          size_t from = size_t(indices[first + term]) * Q::ROWS0 + n;
-          offset[j][0] = fmaf(float(scores[first + term]), float(bias.at[0][from]), offset[j][0]);
-        }
-      } else if constexpr (Q::BIAS > 0) {
-        const B* from = bias.at[0];
-#pragma unroll
-        for (int i = 1; i < Q::OUTPUTS; ++i) from = to_matrix == i ? bias.at[i] : from;
-        if (Q::BIAS & 1) offset[j][0] = float(from[expert * Q::ROWS0 + n]);
-        if (Q::BIAS & 2) offset[j][1] = float(bias.at[1][expert * Q::ROWS0 + n]);
-      }
-    }
+    Epilogue<Q, P, M, C, D, O> epilogue(tile, part * 32 + lane, launch, expert);
+    epilogue.ask(bias, residual, shared, indices, scores);
     Sums<Q> sums = {};
 #pragma unroll 1
     for (int turn = 0; turn < Q::TURNS; ++turn) {
-      const int unit = mine + turn * Q::DEPTH;
       const bool ends = turn + 1 == Q::TURNS;
       const bool again = !Z::ONCE && !(ends && round + 1 == Q::ROUNDS);
-      const int next = ends ? mine : unit + Q::DEPTH;
+      const int at = turn * Q::DEPTH, next = chunk + (ends ? 0 : at + Q::DEPTH);
       if (again && ends) locate(round + 1);
 #pragma unroll
       for (int d = 0; d < Q::DEPTH; ++d) {
-        float factor = 1.0f;
-        if constexpr (Q::TERMS > 0) {
-          factor = float(scores[first + min(unit + d, Z::ALL_UNITS - 1) / Z::CHUNKS]);
-        }
-        use<Q, X, S>(held, d, unit + d, vectors, totals, factor, quad, sums);
+        use<Q, X, S>(held, d, unit + at + d, vectors, totals, quad, sums);
         if (again) place.words(held, d, next + d, quad);
       }
       if (again) place.shares(held, next, quad);
     }
-
-    float(&mine_of)[Q::MATRICES][Z::RESULTS] = partial[round % BUFFERS][set][part];
-#pragma unroll
-    for (int m = 0; m < Q::MATRICES; ++m) {
-#pragma unroll
-      for (int s = 0; s < Z::SETS; ++s) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int to = lane / 4 + 8 * r, token = s * Z::EACH + quad;
-          if (Z::SLOTS == 1) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              token = 2 * quad + i;
-              if (token < Q::TOKENS) mine_of[m][token * 16 + to] = sums[m][s][2 * r + i];
-            }
-            continue;
-          }
-          float sum = sums[m][s][2 * r];
-          if (Z::SLOTS == 4) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            token = s * Z::EACH + quad / 2;
-          }
-          if (token < Q::TOKENS && (Z::SLOTS == 2 || quad % 2 == 0)) {
-            mine_of[m][token * 16 + to] = sum;
-          }
-        }
-      }
-    }
+    float factor = 1.0f;
+    if constexpr (Q::TERMS > 0) factor = float(scores[term]);
+    auto& parts = partial[round % BUFFERS][set];
+    put<Q>(sums, factor, lane, parts[part]);
     if (Q::SPLIT == 1) {
       __syncwarp();
     } else if (Z::LOCAL) {
@@ -555,26 +618,7 @@ __device__ __forceinline__ void products(const X* x, const X* norm, float eps, F
     } else {
       wait_for(1 + set, 32 * Q::SPLIT);
     }
-#pragma unroll
-    for (int j = 0; j < OWN_RESULTS; ++j) {
-      int at = own + j * 32 * Q::SPLIT, n = to_row + at % 16, token = first + at / 16;
-      if (at >= Z::RESULTS || n >= to_rows || (ALIKE && token > last)) continue;
-      float value[2] = {};
-#pragma unroll
-      for (int m = 0; m < Q::MATRICES; ++m) {
-        for (int i = 0; i < Q::SPLIT; ++i) value[m] += partial[round % BUFFERS][set][i][m][at];
-        if (Q::BIAS & 1 << m) value[m] += offset[j][m];
-      }
-      size_t to = size_t(ALIKE ? token : launch) * to_rows + n;
-      O* out = y.at[0];
-#pragma unroll
-      for (int i = 1; i < Q::OUTPUTS; ++i) out = to_matrix == i ? y.at[i] : out;
-      float a = activated<Q>(value[0], value[1]);
-      if constexpr (Q::TERMS > 0) a = float(C(float(M(a))));
-      if constexpr (bool(Q::SHARED)) a = float(D(a + more[j]));
-      if constexpr (bool(Q::RESIDUAL)) a = (Q::TERMS ? a : float(P(a))) + added[j];
-      out[to] = O(a);
-    }
+    epilogue.write(parts, y);
   }
 }
 
