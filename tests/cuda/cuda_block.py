@@ -121,9 +121,7 @@ class Block:
                 _LOAD.format(i=i + 1, shift=6 if name in self.shifted else 0)
                 for i, name in enumerate(names)
             ),
-            stores="".join(
-                _STORE.format(i=i + 1) for i in range(len(inputs), len(names))
-            ),
+            stores="".join(_STORE.format(i=i + 1) for i in range(len(inputs), len(names))),
             names=", ".join(f"g{i + 1}" for i in range(len(names))),
             gx=body.grid[0] // body.threadgroup[0],
             gy=body.grid[1],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zmlx.backend.cuda.own import has_own_body
 from zmlx.backend.cuda.kernel import variant_of
+from zmlx.backend.cuda.own import has_own_body
 from zmlx.backend.cuda.source import Translation
 from zmlx.backend.definition import Definition
 
