@@ -26,7 +26,6 @@ _HERE = Path(__file__).with_name("block")
 _OPTIONS = ("-std=c++17", "-O1", "-fsanitize=address", "-Wno-enum-compare", "-w")
 _MAIN = """
 int main(int, char** sizes) {{
-  {pointers}
   {loads}
   for (unsigned y = 0; y < {gy}; ++y) {{
     for (unsigned x = 0; x < {gx}; ++x) {{
@@ -105,6 +104,8 @@ class Block:
     ) -> Path:
         body = definition.cuda
         assert body is not None
+        assert body.launch is not None
+        grid, threadgroup = body.launch
         kinds = [*(a.dtype for a in inputs), *output_dtypes]
         header = re.sub(r'#include "(.*)"', self._copied, body.header)
         kernel = assemble(
@@ -116,16 +117,15 @@ class Block:
         ).replace("namespace cg = cooperative_groups;", "")
         names = (*definition.input_names, *definition.output_names)
         main = _MAIN.format(
-            pointers="",
             loads="".join(
                 _LOAD.format(i=i + 1, shift=6 if name in self.shifted else 0)
                 for i, name in enumerate(names)
             ),
             stores="".join(_STORE.format(i=i + 1) for i in range(len(inputs), len(names))),
             names=", ".join(f"g{i + 1}" for i in range(len(names))),
-            gx=body.grid[0] // body.threadgroup[0],
-            gy=body.grid[1],
-            threads=body.threadgroup[0],
+            gx=grid[0] // threadgroup[0],
+            gy=grid[1],
+            threads=threadgroup[0],
             seed=len(self.seen),
         )
         globals_ = "".join(f"{DTYPES[kind]}* g{i + 1};\n" for i, kind in enumerate(kinds))

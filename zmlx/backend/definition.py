@@ -23,15 +23,13 @@ class CudaBody:
         header: what stands before the kernel.
         architecture: the compute capability that it needs, times ten; devices of a lower one get
             the translated body.
-        grid: threads of a launch where they are dealt out otherwise than for Metal, else empty.
-        threadgroup: threads of a block, given with `grid`.
+        launch: grid and threadgroup, where threads are dealt out otherwise than for Metal.
     """
 
     source: str
     header: str = ""
     architecture: int = 0
-    grid: tuple[int, int, int] | tuple[()] = ()
-    threadgroup: tuple[int, int, int] | tuple[()] = ()
+    launch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
 
 
 @dataclass(frozen=True)

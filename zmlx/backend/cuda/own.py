@@ -41,8 +41,9 @@ def own_launch(definition: Definition) -> Launch:
             ensure_row_contiguous=definition.ensure_row_contiguous,
         ),
     )
-    if not body.grid:
+    if body.launch is None:
         return kernel
+    own_grid, own_threadgroup = body.launch
 
     def launch(
         *,
@@ -51,6 +52,6 @@ def own_launch(definition: Definition) -> Launch:
         threadgroup: tuple[int, int, int],
         **given: Any,
     ) -> list[mx.array]:
-        return kernel(inputs=inputs, grid=body.grid, threadgroup=body.threadgroup, **given)
+        return kernel(inputs=inputs, grid=own_grid, threadgroup=own_threadgroup, **given)
 
     return launch

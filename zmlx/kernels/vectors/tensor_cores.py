@@ -149,8 +149,7 @@ def body(launch: Launch) -> CudaBody | None:
         source=_text(launch, layout, balanced),
         header=_header(),
         architecture=ARCHITECTURE,
-        grid=(layout.blocks * threads, launches, 1),
-        threadgroup=(threads, 1, 1),
+        launch=((layout.blocks * threads, launches, 1), (threads, 1, 1)),
     )
 
 
