@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain as chained
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
+from zmlx.backend import for_kernels
+from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.graph.lending import Chain, Kind, advance, buffers, is_lent, kind_of, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import emit
@@ -220,7 +221,8 @@ class DecodeProgram:
     def __init__(self, traced: Traced, layout: Layout) -> None:
         self.traced = traced
         self.layout = layout
-        self._replay = mx.compile(partial(_run, traced.graph))
+        self._replay = mx.compile(self._built)
+        self._addresses: Addresses | None = None
         self.lent = [at for at, kind in enumerate(layout.kinds) if kind is not None]
         self._plain = [at for at, kind in enumerate(layout.kinds) if kind is None]
         self._examples = [layout.kinds.index(kind) for kind in traced.kinds]
@@ -245,6 +247,16 @@ class DecodeProgram:
         for at in self._plain:
             caches[at].cache = [next(given) for _ in caches[at].cache]
         return chain.after
+
+    def _built(self, *arrays: mx.array) -> list[mx.array]:
+        """Build the step, once for each capacity of the caches."""
+        graph = self.traced.graph
+        if for_kernels(has_reference=False) != "cuda":
+            return _run(graph, *arrays)
+        if self._addresses is None:
+            self._addresses = Addresses(graph.constants.values())
+        with in_force(self._addresses):
+            return _run(graph, *arrays)
 
     @property
     def count(self) -> int:

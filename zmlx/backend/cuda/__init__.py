@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import mlx.core as mx
-
+from zmlx.backend.cuda.handwritten import handwritten
 from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
@@ -25,19 +22,7 @@ def compiled(definition: Definition) -> Launch:
         TranslationError: the source holds something that CUDA has not; the text says what, where.
         RuntimeError: this MLX has no CUDA.
     """
-    if definition.cuda is None:
-        return launch_of(definition)
-    return cast(
-        Launch,
-        mx.fast.cuda_kernel(
-            name=definition.name,
-            input_names=list(definition.input_names),
-            output_names=list(definition.output_names),
-            source=definition.cuda,
-            header=definition.cuda_header,
-            ensure_row_contiguous=definition.ensure_row_contiguous,
-        ),
-    )
+    return launch_of(definition) if definition.cuda is None else handwritten(definition)
 
 
 def translated(definition: Definition, variant: Variant | None = None) -> CudaSource:
