@@ -49,8 +49,8 @@ class Stored:
         """Return the weight that some inputs are."""
         given = list(arrays)
         bias = given.pop() if self.has_bias else None
-        w, scales, biases = [*given, None, None][:3]
-        return Weight(w, scales, biases, bias, self.mode, self.group_size, self.bits)
+        scales, biases = [*given[1:], None, None][:2]
+        return Weight(given[0], scales, biases, bias, self.mode, self.group_size, self.bits)
 
 
 class _Inputs:

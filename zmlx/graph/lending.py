@@ -73,6 +73,7 @@ class Chain:
     def state(self, cache: KVCache | RotatingKVCache) -> mx.array:
         """Return write index, length and position, int32 (3,), of a cache's next token."""
         kind = kind_of(cache)
+        assert kind is not None, "only caches of known kinds are lent"
         track = self.tracks.get(kind)
         row = -1 if track is None else cache.offset - track.base
         if track is None or not 0 <= row < ROOM or track.rows[row, 0] != place(cache):
@@ -104,14 +105,15 @@ class _Lent:
         keys, values = loan.keys, loan.values
         if loan.chain.after is not None:
             keys, values = mx.depends([keys, values], [loan.chain.after])
-        self.__class__ = self._zmlx_class  # type: ignore[assignment]
+        self.__class__ = self._zmlx_class
         self.keys, self.values = keys, values
         return self
 
     @property
     def keys(self) -> mx.array:
         """The keys, (1, heads, capacity, head dim)."""
-        return self._returned().keys
+        found: mx.array = self._returned().keys
+        return found
 
     @keys.setter
     def keys(self, value: mx.array | None) -> None:
@@ -120,7 +122,8 @@ class _Lent:
     @property
     def values(self) -> mx.array:
         """The values, (1, heads, capacity, value dim)."""
-        return self._returned().values
+        found: mx.array = self._returned().values
+        return found
 
     @values.setter
     def values(self, value: mx.array | None) -> None:
@@ -224,7 +227,8 @@ def _with_room(cache: Any, array: mx.array) -> mx.array:
         most = cache.max_size
         # A prompt leaves more than it may hold; the next token cuts the oldest, and starts over.
         surplus = array.shape[2] - most
-        array = cache._trim(surplus, array) if surplus > 0 else array
+        trim: Any = cache._trim
+        array = trim(surplus, array) if surplus > 0 else array
         length = min(length, most)
     wanted = -(-(length + 1) // ROOM) * ROOM
     wanted = wanted if most is None else min(wanted, most)

@@ -71,8 +71,8 @@ class Layout:
             if kind is not None:
                 lengths.add((kind, cache.offset, place(cache)))
             kinds.append(kind)
-            held = _arrays(cache)
-            if any(array is None for array in held):
+            held = [array for array in _arrays(cache) if array is not None]
+            if len(held) < len(_arrays(cache)):
                 raise ProgramRefused("an empty cache")
             forms.append(tuple(_form(array, kind) for array in held))
         if len({kind for kind, *_ in lengths}) != len(lengths) or not lengths:
@@ -98,17 +98,16 @@ class Layout:
         made: list[Any] = []
         for kind, forms in zip(self.kinds, self.forms, strict=True):
             held = [next(given) for _ in forms]
+            cache: Any = ArraysCache(len(held)) if kind is None else _empty(kind)
             if kind is None:
-                cache = ArraysCache(len(held))
                 cache.cache = held
             else:
-                ordinary, most, keep = kind
-                cache = ordinary(most, keep) if ordinary is RotatingKVCache else ordinary()
                 cache.keys, cache.values = held
                 cache.offset = position
-                if ordinary is RotatingKVCache:
+                if isinstance(cache, RotatingKVCache):
                     # Any row does that is not the position.
-                    cache._idx = position if position < most else (keep + most) // 2
+                    turned = (cache.keep + cache.max_size) // 2
+                    cache._idx = position if position < cache.max_size else turned
             made.append(cache)
         return made
 
@@ -117,6 +116,11 @@ class Layout:
         windows = [most for _, most, _ in filter(None, self.kinds) if most]
         near = min([_NEAR, *(most - 3 for most in windows)])
         return [near, near + 1, _FAR]
+
+
+def _empty(kind: Kind) -> Any:
+    make: Any = kind[0]
+    return make(*kind[1:]) if kind[1] else make()
 
 
 def _capacity(kind: Kind, position: int) -> int:
@@ -140,7 +144,7 @@ def _form(array: mx.array, kind: Kind | None) -> tuple[tuple[int, ...], mx.Dtype
     return (shape if kind is None else (*shape[:2], 0, *shape[3:])), array.dtype
 
 
-def held_arrays(caches: Sequence[Any]) -> list[mx.array]:
+def held_arrays(caches: Sequence[Any]) -> list[Any]:
     """Return the arrays of caches in their order; buffers of those that are lent stay lent."""
     return list(chained.from_iterable(_arrays(cache) for cache in caches))
 
@@ -197,7 +201,7 @@ def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Tra
 def _places(graph: Graph, layout: Layout, position: int) -> dict[Value, Place]:
     """Return where the token is written in each buffer."""
     states: dict[Kind, Value] = {}
-    places = {}
+    places: dict[Value, Place] = {}
     values = iter(graph.inputs[1:])
     for cache, kind in zip(
         layout.caches(position, layout.inputs(position)), layout.kinds, strict=True
@@ -238,15 +242,18 @@ class DecodeProgram:
             What the model's forward returns.
         """
         chain = self.chain(caches)
+        first = self.traced.graph.inputs[-1]
+        after = mx.zeros(first.shape, first.dtype) if chain.after is None else chain.after
         states = [chain.state(caches[at]) for at in self._examples]
         held = held_arrays(caches) if self._plain else chain.arrays
-        chain.after, *rest = self._replay(tokens, *held, *states, chain.after)
+        hidden, *rest = self._replay(tokens, *held, *states, after)
+        chain.after = hidden
         for cache in chain.caches:
             advance(cache)
         given = iter(rest)
         for at in self._plain:
             caches[at].cache = [next(given) for _ in caches[at].cache]
-        return chain.after
+        return hidden
 
     def _built(self, *arrays: mx.array) -> list[mx.array]:
         """Build the step, once for each capacity of the caches."""
@@ -265,11 +272,7 @@ class DecodeProgram:
 
     def chain(self, caches: Sequence[Any]) -> Chain:
         """Return the chain of a model's caches; those with keys and values are lent then."""
-        chain = lend([caches[at] for at in self.lent])
-        if chain.after is None:
-            first = self.traced.graph.inputs[-1]
-            chain.after = mx.zeros(first.shape, first.dtype)
-        return chain
+        return lend([caches[at] for at in self.lent])
 
     def check(
         self, forward: Forward, tokens: mx.array, caches: Sequence[Any], allowed: float
@@ -287,7 +290,7 @@ class DecodeProgram:
         """
         one, other = (copy.deepcopy(list(caches)) for _ in range(2))
         found, truth = (y.astype(mx.float32) for y in (self(tokens, one), forward(tokens, other)))
-        error = mx.sqrt(mx.square(found - truth).mean() / mx.square(truth).mean()).item()
+        error = float(mx.sqrt(mx.square(found - truth).mean() / mx.square(truth).mean()))
         if not error <= allowed and bool(mx.isfinite(truth).all()):
             raise ProgramRefused(f"its kernels differ from the model's own step by {error:.2g}")
 

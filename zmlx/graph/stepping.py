@@ -72,7 +72,8 @@ class Steps:
         try:
             key = (tokens.dtype, Layout.of(caches))
         except ProgramRefused as refusal:
-            return self._refused((type(self), str(refusal)), str(refusal))
+            self._refused((type(self), str(refusal)), str(refusal))
+            return None
         if key not in self._programs:
             try:
                 self._programs[key] = self._made(key[1], tokens, caches)

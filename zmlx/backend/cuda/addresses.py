@@ -138,7 +138,7 @@ def _addresses(arrays: Sequence[mx.array]) -> list[int]:
     bytes_of = [array.view(mx.uint8) for array in arrays]
     mx.eval(bytes_of)
     names = [f"array{number}" for number in range(_AT_ONCE)]
-    kernel = mx.fast.cuda_kernel(
+    kernel: Any = mx.fast.cuda_kernel(
         name="zmlx_addresses",
         input_names=names,
         output_names=["out"],
@@ -158,7 +158,7 @@ def _addresses(arrays: Sequence[mx.array]) -> list[int]:
             grid=(1, 1, 1),
             threadgroup=(1, 1, 1),
         )
-        found += out.tolist()[: len(some)]  # type: ignore[operator, index]
+        found += out.tolist()[: len(some)]
     return found
 
 

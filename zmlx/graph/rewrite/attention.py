@@ -183,9 +183,8 @@ class _Finder:
         )
         state = self.places[latents.buffer].state
         raw = (origin(self.graph, q), query.raw, latent.raw, key.raw)
-        extra = (latent.norm, query.freqs, after)
-        inputs = (*raw, latents.buffer, rope_keys.buffer, state)
-        inputs += tuple(value for value in extra if value is not None)
+        extra = (value for value in (latent.norm, query.freqs, after) if value is not None)
+        inputs = (*raw, latents.buffer, rope_keys.buffer, state, *extra)
         return Node("FusedLatentAttention", inputs, node.outputs, (operation,)), (
             latents,
             rope_keys,
