@@ -210,11 +210,16 @@ def test_a_body_for_cuda_is_not_touched():
     assert (source.header, source.body) == ("// mine\n", "out[0] = 1.0;")
 
 
+ARCHITECTURE = "zmlx.backend.cuda.handwritten.architecture"
+
+
 def test_a_body_for_cuda_is_for_devices_that_take_it(monkeypatch):
     kernel = define("out[0] = 1.0;", cuda=CudaBody("out[0] = 2.0;", architecture=80))
     found = []
     for device in (75, 80, 90):
-        monkeypatch.setattr("zmlx.backend.cuda.own.architecture", lambda device=device: device)
+        monkeypatch.setattr(
+            "zmlx.backend.cuda.handwritten.architecture", lambda device=device: device
+        )
         found.append("2.0" in translated(kernel).body)
     assert found == [False, True, True]
 

@@ -1,12 +1,16 @@
 """The fused operations of a graph: each is called with a node's inputs, and launches one kernel.
 
-They are equal when they compute the same, so that graphs can be compared.
+They are equal when they compute the same, so that graphs can be compared. A reshape between two of
+them costs the host as much as a third of a launch, so each says in which shapes it takes and makes
+arrays without one (`settled` in zmlx.graph.rewrite.shapes): `takes` for its inputs, None where any
+does, and `makes` for its outputs, None where it makes whatever is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -45,38 +49,34 @@ class Stored:
         """Return the weight that some inputs are."""
         given = list(arrays)
         bias = given.pop() if self.has_bias else None
-        w, scales, biases = [*given, None, None][:3]
-        return Weight(w, scales, biases, bias, self.mode, self.group_size, self.bits)
+        scales, biases = [*given[1:], None, None][:2]
+        return Weight(given[0], scales, biases, bias, self.mode, self.group_size, self.bits)
 
 
 class _Inputs:
-    """Takes a node's inputs from the front."""
+    """Takes a node's inputs from the front, in the shapes that are wanted."""
 
     def __init__(self, arrays: Sequence[mx.array]) -> None:
         self._arrays = list(arrays)
 
-    def take(self, there: bool = True) -> mx.array | None:
-        return self._arrays.pop(0) if there else None
+    def next(self, shape: Shape | None = None) -> mx.array:
+        return _shaped(self._arrays.pop(0), shape)
 
-    def next(self) -> mx.array:
-        return self._arrays.pop(0)
+    def take(self, there: bool, shape: Shape | None = None) -> mx.array | None:
+        return self.next(shape) if there else None
 
     def weight(self, stored: Stored) -> Weight:
         taken, self._arrays = self._arrays[: stored.count], self._arrays[stored.count :]
         return stored.weight(taken)
 
-
-def _rows(x: mx.array, width: int) -> mx.array:
-    return x if x.ndim == 2 and x.shape[1] == width else x.reshape(-1, width)
-
-
-def _shaped(y: mx.array, shape: Shape) -> mx.array:
-    return y if y.shape == shape else y.reshape(shape)
+    def rope(self, rope: recording.Rope | None) -> Rope | None:
+        if rope is None:
+            return None
+        return Rope(rope.dims, rope.traditional, rope.base, rope.scale, self.take(rope.has_freqs))
 
 
-def _rope(rope: recording.Rope, inputs: _Inputs) -> Rope:
-    freqs = inputs.take(rope.has_freqs)
-    return Rope(rope.dims, rope.traditional, rope.base, rope.scale, freqs)
+def _shaped(array: mx.array, shape: Shape | None) -> mx.array:
+    return array if shape is None or array.shape == shape else array.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,36 @@ class Products:
     eps: float | None = None
     has_residual: bool = False
 
+    @property
+    def makes(self) -> tuple[Shape, ...] | None:
+        """The shapes of its outputs; None for any."""
+        return None
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its inputs; None for any."""
+        parts = (self.eps is not None) + sum(stored.count for stored in self.weights)
+        residual = (self._residual_shape,) if self.has_residual else ()
+        return ((1, 1, self.width), *(None,) * parts, *residual)
+
+    @property
+    def _residual_shape(self) -> Shape:
+        return (1, 1, _size(self.shapes[0]))
+
+    def making(self, shapes: tuple[Shape, ...]) -> Products:
+        """Return the same with outputs of other shapes."""
+        return replace(self, shapes=shapes)
+
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Return a product for each weight."""
         inputs = _Inputs(arrays)
-        x = _rows(inputs.next(), self.width)
+        x = inputs.next((1, 1, self.width))
         norm = inputs.take(self.eps is not None)
         weights = [inputs.weight(stored) for stored in self.weights]
-        residual = inputs.take(self.has_residual)
-        if residual is not None:
-            residual = residual.reshape(x.shape[0], -1)
-        made = products(x, weights, norm=norm, eps=self.eps or 0.0, residual=residual)
-        return [_shaped(y, shape) for y, shape in zip(made, self.shapes, strict=True)]
+        residual = inputs.take(self.has_residual, self._residual_shape)
+        return products(
+            x, weights, norm=norm, eps=self.eps or 0.0, residual=residual, shapes=self.shapes
+        )
 
 
 @dataclass(frozen=True)
@@ -110,17 +129,27 @@ class GatedProduct:
     gate: Stored
     up: Stored
     activation: str
-    shape: Shape
+    rows: int
     eps: float | None = None
+
+    @property
+    def makes(self) -> tuple[Shape, ...]:
+        """The shape of its output."""
+        return ((1, 1, self.rows),)
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its inputs; None for any."""
+        parts = (self.eps is not None) + self.gate.count + self.up.count
+        return ((1, 1, self.width), *(None,) * parts)
 
     def __call__(self, *arrays: mx.array) -> mx.array:
         """Return the product."""
         inputs = _Inputs(arrays)
-        x = _rows(inputs.next(), self.width)
+        x = inputs.next((1, 1, self.width))
         norm = inputs.take(self.eps is not None)
         gate, up = inputs.weight(self.gate), inputs.weight(self.up)
-        y = gated_product(x, gate, up, self.activation, norm=norm, eps=self.eps or 0.0)
-        return _shaped(y, self.shape)
+        return gated_product(x, gate, up, self.activation, norm=norm, eps=self.eps or 0.0)
 
 
 @dataclass(frozen=True)
@@ -131,20 +160,30 @@ class ExpertGatedProduct:
     gate: Stored
     up: Stored
     activation: str
-    shape: Shape
+    chosen: int
+    rows: int
     eps: float | None = None
+
+    @property
+    def makes(self) -> tuple[Shape, ...]:
+        """The shape of its output."""
+        return ((1, 1, self.chosen, self.rows),)
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its inputs; None for any."""
+        parts = (self.eps is not None) + self.gate.count + self.up.count
+        return ((1, 1, self.width), (1, 1, self.chosen), *(None,) * parts)
 
     def __call__(self, *arrays: mx.array) -> mx.array:
         """Return the products."""
         inputs = _Inputs(arrays)
-        x = _rows(inputs.next(), self.width)
-        indices = inputs.next().reshape(x.shape[0], -1)
+        x, indices = inputs.next((1, 1, self.width)), inputs.next((1, 1, self.chosen))
         norm = inputs.take(self.eps is not None)
         gate, up = inputs.weight(self.gate), inputs.weight(self.up)
-        y = expert_gated_product(
+        return expert_gated_product(
             x, indices, gate, up, self.activation, norm=norm, eps=self.eps or 0.0
         )
-        return _shaped(y, self.shape)
 
 
 @dataclass(frozen=True)
@@ -153,15 +192,30 @@ class ExpertProducts:
 
     width: int
     weight: Stored
+    chosen: int
     shape: Shape
+
+    @property
+    def makes(self) -> tuple[Shape, ...] | None:
+        """The shape of its output; None for any."""
+        return None
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its inputs; None for any."""
+        rows = (1, 1, self.chosen)
+        return ((*rows, self.width), rows, *(None,) * self.weight.count)
+
+    def making(self, shapes: tuple[Shape, ...]) -> ExpertProducts:
+        """Return the same with an output of another shape."""
+        return replace(self, shape=shapes[0])
 
     def __call__(self, *arrays: mx.array) -> mx.array:
         """Return the products."""
         inputs = _Inputs(arrays)
-        x, indices = inputs.next(), inputs.next()
-        indices = indices.reshape(1, -1)
-        x = x.reshape(1, indices.shape[1], self.width)
-        return _shaped(expert_products(x, indices, inputs.weight(self.weight)), self.shape)
+        rows = (1, 1, self.chosen)
+        x, indices = inputs.next((*rows, self.width)), inputs.next(rows)
+        return expert_products(x, indices, inputs.weight(self.weight), shape=self.shape)
 
 
 @dataclass(frozen=True)
@@ -170,26 +224,35 @@ class ExpertCombination:
 
     width: int
     down: Stored
-    shape: Shape
+    chosen: int
+    rows: int
+    dtype: mx.Dtype
     has_shared: bool = False
     has_residual: bool = False
+
+    @property
+    def makes(self) -> tuple[Shape, ...]:
+        """The shape of its output."""
+        return ((1, 1, self.rows),)
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its inputs; None for any."""
+        rows = (1, 1, self.chosen)
+        extra = ((1, 1, self.rows),) * (self.has_shared + self.has_residual)
+        return ((*rows, self.width), rows, rows, *(None,) * self.down.count, *extra)
 
     def __call__(self, *arrays: mx.array) -> mx.array:
         """Return the sum."""
         inputs = _Inputs(arrays)
-        h, indices, scores = inputs.next(), inputs.next(), inputs.next()
-        indices = indices.reshape(1, -1)
+        rows, result = (1, 1, self.chosen), (1, 1, self.rows)
+        h, indices, scores = inputs.next((*rows, self.width)), inputs.next(rows), inputs.next(rows)
         down = inputs.weight(self.down)
-        shared, residual = inputs.take(self.has_shared), inputs.take(self.has_residual)
-        y = expert_combination(
-            h.reshape(1, indices.shape[1], self.width),
-            indices,
-            scores.reshape(indices.shape),
-            down,
-            shared=None if shared is None else shared.reshape(1, -1),
-            residual=None if residual is None else residual.reshape(1, -1),
+        shared = inputs.take(self.has_shared, result)
+        residual = inputs.take(self.has_residual, result)
+        return expert_combination(
+            h, indices, scores, down, shared=shared, residual=residual, dtype=self.dtype
         )
-        return _shaped(y, self.shape)
 
 
 @dataclass(frozen=True)
@@ -210,18 +273,40 @@ class DecodeAttention:
     has_sinks: bool = False
     has_after: bool = False
 
+    #: on Metal no threadgroup may rely on what another one wrote, so sums are combined apart
+    launches: ClassVar[Mapping[str, int]] = {"metal": 2, "cuda": 1}
+
+    @property
+    def makes(self) -> tuple[Shape, ...] | None:
+        """The shape of its output; None for any."""
+        return None
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its first inputs; any do for the others."""
+        return (
+            (1, self.heads, self.head_dim),
+            (1, self.kv_heads, self.head_dim),
+            (1, self.kv_heads, self.value_dim),
+        )
+
+    def making(self, shapes: tuple[Shape, ...]) -> DecodeAttention:
+        """Return the same with an output of another shape."""
+        return replace(self, shape=shapes[0])
+
     def __call__(self, *arrays: mx.array) -> mx.array:
         """Return the attention's output."""
         inputs = _Inputs(arrays)
-        q, k, v, keys, values, state = (inputs.next() for _ in range(6))
+        q, k, v = (inputs.next(shape) for shape in self.takes)
+        keys, values, state = inputs.next(), inputs.next(), inputs.next()
         normed = self.eps is not None
         q_norm, k_norm = inputs.take(normed), inputs.take(normed)
-        rope = None if self.rope is None else _rope(self.rope, inputs)
+        rope = inputs.rope(self.rope)
         sinks = inputs.take(self.has_sinks)
-        y = decode_attention(
-            q.reshape(1, self.heads, self.head_dim),
-            k.reshape(1, self.kv_heads, self.head_dim),
-            v.reshape(1, self.kv_heads, self.value_dim),
+        return decode_attention(
+            q,
+            k,
+            v,
             keys,
             values,
             state,
@@ -232,8 +317,8 @@ class DecodeAttention:
             rope=rope,
             sinks=sinks,
             after=inputs.take(self.has_after),
+            shape=self.shape,
         )
-        return _shaped(y, self.shape)
 
 
 @dataclass(frozen=True)
@@ -252,17 +337,36 @@ class LatentAttention:
     rope: recording.Rope | None = None
     has_after: bool = False
 
+    launches: ClassVar[Mapping[str, int]] = DecodeAttention.launches
+
+    @property
+    def makes(self) -> tuple[Shape, ...] | None:
+        """The shape of its output; None for any."""
+        return None
+
+    @property
+    def takes(self) -> tuple[Shape | None, ...]:
+        """The shapes of its first inputs; any do for the others."""
+        heads = (1, self.heads)
+        latent = (1, self.latent_dim)
+        return ((*heads, self.latent_dim), (*heads, self.rope_dim), latent, (1, self.rope_dim))
+
+    def making(self, shapes: tuple[Shape, ...]) -> LatentAttention:
+        """Return the same with an output of another shape."""
+        return replace(self, shape=shapes[0])
+
     def __call__(self, *arrays: mx.array) -> mx.array:
         """Return the attention's output."""
         inputs = _Inputs(arrays)
-        q, q_pe, latent, k_pe, latents, rope_keys, state = (inputs.next() for _ in range(7))
+        q, q_pe, latent, k_pe = (inputs.next(shape) for shape in self.takes)
+        latents, rope_keys, state = inputs.next(), inputs.next(), inputs.next()
         norm = inputs.take(self.eps is not None)
-        rope = None if self.rope is None else _rope(self.rope, inputs)
-        y = decode_attention_latent(
-            q.reshape(1, self.heads, self.latent_dim),
-            q_pe.reshape(1, self.heads, self.rope_dim),
-            latent.reshape(1, self.latent_dim),
-            k_pe.reshape(1, self.rope_dim),
+        rope = inputs.rope(self.rope)
+        return decode_attention_latent(
+            q,
+            q_pe,
+            latent,
+            k_pe,
             latents,
             rope_keys,
             state,
@@ -271,5 +375,12 @@ class LatentAttention:
             eps=self.eps or 0.0,
             rope=rope,
             after=inputs.take(self.has_after),
+            shape=self.shape,
         )
-        return _shaped(y, self.shape)
+
+
+def _size(shape: Shape) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -50,14 +51,29 @@ class Chain:
         after: an array that is there only when the step has run that was last put into the
             buffers; None before the first.
         tracks: where the next tokens go.
+        caches: those that share it, as long as all of them are lent.
+        arrays: their keys and values.
     """
 
     after: mx.array | None = None
     tracks: dict[Kind, Track] = field(default_factory=dict)
+    caches: tuple[Any, ...] = ()
+    arrays: tuple[mx.array, ...] = ()
+
+    def holds(self, caches: Sequence[Any]) -> bool:
+        """Return whether these are the chain's caches, of one length, with room for a token."""
+        if len(caches) != len(self.caches) or not all(map(is_, caches, self.caches)):
+            return False
+        offset = caches[0].offset
+        for cache in caches:
+            if cache.offset != offset:
+                return False
+        return all(_has_room(next(c for c in caches if kind_of(c) == kind)) for kind in self.tracks)
 
     def state(self, cache: KVCache | RotatingKVCache) -> mx.array:
         """Return write index, length and position, int32 (3,), of a cache's next token."""
         kind = kind_of(cache)
+        assert kind is not None, "only caches of known kinds are lent"
         track = self.tracks.get(kind)
         row = -1 if track is None else cache.offset - track.base
         if track is None or not 0 <= row < ROOM or track.rows[row, 0] != place(cache):
@@ -85,17 +101,19 @@ class _Lent:
     def _returned(self) -> Any:
         """Make this an ordinary cache again."""
         loan = self.__dict__.pop("_zmlx_loan")
+        loan.chain.caches = ()
         keys, values = loan.keys, loan.values
         if loan.chain.after is not None:
             keys, values = mx.depends([keys, values], [loan.chain.after])
-        self.__class__ = self._zmlx_class  # type: ignore[assignment]
+        self.__class__ = self._zmlx_class
         self.keys, self.values = keys, values
         return self
 
     @property
     def keys(self) -> mx.array:
         """The keys, (1, heads, capacity, head dim)."""
-        return self._returned().keys
+        found: mx.array = self._returned().keys
+        return found
 
     @keys.setter
     def keys(self, value: mx.array | None) -> None:
@@ -104,7 +122,8 @@ class _Lent:
     @property
     def values(self) -> mx.array:
         """The values, (1, heads, capacity, value dim)."""
-        return self._returned().values
+        found: mx.array = self._returned().values
+        return found
 
     @values.setter
     def values(self, value: mx.array | None) -> None:
@@ -178,9 +197,10 @@ def lend(caches: Sequence[Any]) -> Chain:
     Returns:
         Their chain.
     """
-    chains = {id(c._zmlx_loan.chain): c._zmlx_loan.chain for c in caches if is_lent(c)}
-    if len(chains) == 1 and all(is_lent(c) and _has_room(c) for c in caches):
-        return next(iter(chains.values()))
+    if is_lent(caches[0]):
+        chain: Chain = caches[0]._zmlx_loan.chain
+        if chain.holds(caches):
+            return chain
     chain = Chain()
     for cache in caches:
         keys, values = (_with_room(cache, array) for array in (cache.keys, cache.values))
@@ -189,6 +209,10 @@ def lend(caches: Sequence[Any]) -> Chain:
         del cache.keys, cache.values
         cache.__class__ = _LENT[type(cache)]
         cache.__dict__["_zmlx_loan"] = _Loan(keys, values, chain)
+    chain.caches = tuple(caches)
+    chain.arrays = tuple(array for cache in caches for array in buffers(cache))
+    for cache in {kind_of(cache): cache for cache in caches}.values():
+        chain.state(cache)
     return chain
 
 
@@ -203,7 +227,8 @@ def _with_room(cache: Any, array: mx.array) -> mx.array:
         most = cache.max_size
         # A prompt leaves more than it may hold; the next token cuts the oldest, and starts over.
         surplus = array.shape[2] - most
-        array = cache._trim(surplus, array) if surplus > 0 else array
+        trim: Any = cache._trim
+        array = trim(surplus, array) if surplus > 0 else array
         length = min(length, most)
     wanted = -(-(length + 1) // ROOM) * ROOM
     wanted = wanted if most is None else min(wanted, most)

@@ -10,22 +10,25 @@ embedding, and those read the position from an array afterwards.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain as chained
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from zmlx.graph.lending import Kind, advance, buffers, is_lent, kind_of, lend, place
+from zmlx.backend import for_kernels
+from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.graph.lending import Chain, Kind, advance, buffers, is_lent, kind_of, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import emit
 from zmlx.graph.rewrite.attention import Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
 from zmlx.graph.rewrite.experts import fuse_experts
 from zmlx.graph.rewrite.products import fuse_products
+from zmlx.graph.rewrite.shapes import settled
 from zmlx.graph.same import difference
 from zmlx.graph.trace import trace
 
@@ -68,8 +71,8 @@ class Layout:
             if kind is not None:
                 lengths.add((kind, cache.offset, place(cache)))
             kinds.append(kind)
-            held = _arrays(cache)
-            if any(array is None for array in held):
+            held = [array for array in _arrays(cache) if array is not None]
+            if len(held) < len(_arrays(cache)):
                 raise ProgramRefused("an empty cache")
             forms.append(tuple(_form(array, kind) for array in held))
         if len({kind for kind, *_ in lengths}) != len(lengths) or not lengths:
@@ -95,17 +98,16 @@ class Layout:
         made: list[Any] = []
         for kind, forms in zip(self.kinds, self.forms, strict=True):
             held = [next(given) for _ in forms]
+            cache: Any = ArraysCache(len(held)) if kind is None else _empty(kind)
             if kind is None:
-                cache = ArraysCache(len(held))
                 cache.cache = held
             else:
-                ordinary, most, keep = kind
-                cache = ordinary(most, keep) if ordinary is RotatingKVCache else ordinary()
                 cache.keys, cache.values = held
                 cache.offset = position
-                if ordinary is RotatingKVCache:
+                if isinstance(cache, RotatingKVCache):
                     # Any row does that is not the position.
-                    cache._idx = position if position < most else (keep + most) // 2
+                    turned = (cache.keep + cache.max_size) // 2
+                    cache._idx = position if position < cache.max_size else turned
             made.append(cache)
         return made
 
@@ -114,6 +116,11 @@ class Layout:
         windows = [most for _, most, _ in filter(None, self.kinds) if most]
         near = min([_NEAR, *(most - 3 for most in windows)])
         return [near, near + 1, _FAR]
+
+
+def _empty(kind: Kind) -> Any:
+    make: Any = kind[0]
+    return make(*kind[1:]) if kind[1] else make()
 
 
 def _capacity(kind: Kind, position: int) -> int:
@@ -137,7 +144,7 @@ def _form(array: mx.array, kind: Kind | None) -> tuple[tuple[int, ...], mx.Dtype
     return (shape if kind is None else (*shape[:2], 0, *shape[3:])), array.dtype
 
 
-def held_arrays(caches: Sequence[Any]) -> list[mx.array]:
+def held_arrays(caches: Sequence[Any]) -> list[Any]:
     """Return the arrays of caches in their order; buffers of those that are lent stay lent."""
     return list(chained.from_iterable(_arrays(cache) for cache in caches))
 
@@ -174,7 +181,7 @@ def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) ->
         if unlike is not None:
             raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
     graph = fuse_products(fuse_experts(first.graph))
-    return Traced(fuse_small(fold_constants(graph)), first.kinds)
+    return Traced(settled(fuse_small(fold_constants(graph))), first.kinds)
 
 
 def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Traced:
@@ -194,7 +201,7 @@ def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Tra
 def _places(graph: Graph, layout: Layout, position: int) -> dict[Value, Place]:
     """Return where the token is written in each buffer."""
     states: dict[Kind, Value] = {}
-    places = {}
+    places: dict[Value, Place] = {}
     values = iter(graph.inputs[1:])
     for cache, kind in zip(
         layout.caches(position, layout.inputs(position)), layout.kinds, strict=True
@@ -218,34 +225,74 @@ class DecodeProgram:
     def __init__(self, traced: Traced, layout: Layout) -> None:
         self.traced = traced
         self.layout = layout
-        self._replay = mx.compile(partial(_run, traced.graph))
+        self._replay = mx.compile(self._built)
+        self._addresses: Addresses | None = None
+        self.lent = [at for at, kind in enumerate(layout.kinds) if kind is not None]
+        self._plain = [at for at, kind in enumerate(layout.kinds) if kind is None]
+        self._examples = [layout.kinds.index(kind) for kind in traced.kinds]
 
     def __call__(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
         """Run a step, lazily, and put its token into the caches.
 
         Args:
             tokens: int (1, 1).
-            caches: of the program's layout; each `KVCache` is lent afterwards.
+            caches: of the program's layout; those with keys and values are lent afterwards.
 
         Returns:
             What the model's forward returns.
         """
-        lent = [cache for cache in caches if kind_of(cache) is not None]
-        chain = lend(lent)
-        if chain.after is None:
-            first = self.traced.graph.inputs[-1]
-            chain.after = mx.zeros(first.shape, first.dtype)
-        by_kind = {kind_of(cache): cache for cache in lent}
-        states = [chain.state(by_kind[kind]) for kind in self.traced.kinds]
-        hidden, *rest = self._replay(tokens, *held_arrays(caches), *states, chain.after)
+        chain = self.chain(caches)
+        first = self.traced.graph.inputs[-1]
+        after = mx.zeros(first.shape, first.dtype) if chain.after is None else chain.after
+        states = [chain.state(caches[at]) for at in self._examples]
+        held = held_arrays(caches) if self._plain else chain.arrays
+        hidden, *rest = self._replay(tokens, *held, *states, after)
         chain.after = hidden
+        for cache in chain.caches:
+            advance(cache)
         given = iter(rest)
-        for cache in caches:
-            if is_lent(cache):
-                advance(cache)
-            else:
-                cache.cache = [next(given) for _ in cache.cache]
-        return hidden  # type: ignore[no-any-return]
+        for at in self._plain:
+            caches[at].cache = [next(given) for _ in caches[at].cache]
+        return hidden
+
+    def _built(self, *arrays: mx.array) -> list[mx.array]:
+        """Build the step, once for each capacity of the caches."""
+        graph = self.traced.graph
+        if for_kernels(has_reference=False) != "cuda":
+            return _run(graph, *arrays)
+        if self._addresses is None:
+            self._addresses = Addresses(graph.constants.values())
+        with in_force(self._addresses):
+            return _run(graph, *arrays)
+
+    @property
+    def count(self) -> int:
+        """How many caches there are."""
+        return len(self.layout.kinds)
+
+    def chain(self, caches: Sequence[Any]) -> Chain:
+        """Return the chain of a model's caches; those with keys and values are lent then."""
+        return lend([caches[at] for at in self.lent])
+
+    def check(
+        self, forward: Forward, tokens: mx.array, caches: Sequence[Any], allowed: float
+    ) -> None:
+        """Run a step of copies of the caches, and compare it with the forward's.
+
+        Args:
+            forward: the model's own.
+            tokens: as of a call.
+            caches: they stay as they are.
+            allowed: root mean square of the difference, relative to that of the result.
+
+        Raises:
+            ProgramRefused: they differ by more, or the result is not finite where the forward's is.
+        """
+        one, other = (copy.deepcopy(list(caches)) for _ in range(2))
+        found, truth = (y.astype(mx.float32) for y in (self(tokens, one), forward(tokens, other)))
+        error = float(mx.sqrt(mx.square(found - truth).mean() / mx.square(truth).mean()))
+        if not error <= allowed and bool(mx.isfinite(truth).all()):
+            raise ProgramRefused(f"its kernels differ from the model's own step by {error:.2g}")
 
 
 def _run(graph: Graph, *arrays: mx.array) -> list[mx.array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -193,6 +193,7 @@ def launched(
     backend: str,
     arrays: Mapping[str, mx.array | None],
     numbers: tuple[tuple[str, int], ...],
+    shape: Sequence[int] | None = None,
 ) -> mx.array:
     """Launch attention.
 
@@ -203,6 +204,7 @@ def launched(
         arrays: input -> array, None where the variant has no such input or, for counters, where
             those of this thread and stream are to be taken.
         numbers: further values of the template.
+        shape: of the result, if it is wanted in another of as many elements.
 
     Raises:
         ValueError: the counters given are none, or too few.
@@ -210,7 +212,8 @@ def launched(
     given = dict(arrays)
     if variant.form == "joined":
         given["counters"] = _counters(layout.counters, arrays.get("counters"))
-    shapes = {"out": layout.out, "sums": layout.sums}
+    wanted = layout.out if shape is None else tuple(shape)
+    shapes = {"out": wanted, "sums": layout.sums}
     dtypes = {"out": layout.q_dtype, "sums": mx.float32}
     template = (*layout.template, *numbers)
     found = launcher(_definition(variant), backend)(
@@ -227,7 +230,7 @@ def launched(
     assert state is not None
     [out] = launcher(_combination(), backend)(
         inputs=[found[0], state],
-        output_shapes=[layout.out],
+        output_shapes=[wanted],
         output_dtypes=[layout.q_dtype],
         grid=(layout.heads * THREADS, *layout.grid),
         threadgroup=(THREADS, 1, 1),

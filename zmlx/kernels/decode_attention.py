@@ -113,6 +113,7 @@ def decode_attention(
     after: mx.array | None = None,
     splits: int | None = None,
     counters: mx.array | None = None,
+    shape: Sequence[int] | None = None,
 ) -> mx.array:
     """Attend to a cache with one new token of each sequence, whose key and value it writes there.
 
@@ -143,6 +144,7 @@ def decode_attention(
             a kv head; they are zeros again afterwards. Two launches that may run at once need
             different ones; by default those of one thread and stream share theirs. Used on CUDA
             only.
+        shape: of the result, if it is wanted in another of as many elements.
 
     Returns:
         (B, Hq, Dv) in the dtype of `q`.
@@ -181,7 +183,7 @@ def decode_attention(
         "after": after,
     }
     numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
-    return launched(variant, layout, backend, arrays, numbers)
+    return launched(variant, layout, backend, arrays, numbers, shape)
 
 
 # ---- checks --------------------------------------------------------------------------------------

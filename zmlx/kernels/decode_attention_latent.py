@@ -14,6 +14,8 @@ Otherwise it is as `decode_attention`, of which `state`, `after`, `splits` and `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
@@ -84,6 +86,7 @@ def decode_attention_latent(
     after: mx.array | None = None,
     splits: int | None = None,
     counters: mx.array | None = None,
+    shape: Sequence[int] | None = None,
 ) -> mx.array:
     """Attend to a cache of latents with one new token of each sequence, which it writes there.
 
@@ -106,6 +109,7 @@ def decode_attention_latent(
         after: an array that is computed before this runs, and not read.
         splits: threadgroups for the positions of one sequence and group of heads.
         counters: as of `decode_attention`.
+        shape: of the result, if it is wanted in another of as many elements.
 
     Returns:
         (B, Hq, R) in the dtype of `q`.
@@ -147,7 +151,7 @@ def decode_attention_latent(
         "after": after,
     }
     numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
-    return launched(variant, layout, backend, arrays, numbers)
+    return launched(variant, layout, backend, arrays, numbers, shape)
 
 
 def _check_arrays(

@@ -33,6 +33,7 @@ def _short(spec: KernelSpec) -> KernelSpec:
             formula=f"{spec.formula}, x rounded to 8 bits",
             contract={"cpu": "tolerant"},
             native=name,
+            fused=None,
             tolerance={"float32": 1e-5, "bfloat16": 3e-2, "float16": 3e-2},
         )
     )

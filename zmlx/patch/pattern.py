@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -141,6 +142,23 @@ def swap(module: nn.Module, proposal: Proposal, pattern: str) -> None:
         }
         _GENERATED[key] = type(base.__name__, (base,), members)
     module.__class__ = _GENERATED[key]
+
+
+@contextmanager
+def as_library(module: nn.Module) -> Iterator[None]:
+    """Give a module and all below it the library's own classes until the block ends.
+
+    Other threads may call the modules meanwhile: both forwards are right.
+    """
+    replaced = {id(m): m for _, m in module.named_modules() if original_class(m) is not None}
+    classes = [(m, type(m)) for m in replaced.values()]
+    try:
+        for m, cls in classes:
+            m.__class__ = vars(cls)["_zmlx_original"]
+        yield
+    finally:
+        for m, cls in classes:
+            m.__class__ = cls
 
 
 def original_class(module: nn.Module) -> type | None:

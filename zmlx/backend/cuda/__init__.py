@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from zmlx.backend.cuda.handwritten import handwritten, own_body
 from zmlx.backend.cuda.kernel import launch_of
-from zmlx.backend.cuda.own import has_own_body, own_launch
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
 from zmlx.backend.cuda.tokens import TranslationError
@@ -22,7 +22,8 @@ def compiled(definition: Definition) -> Launch:
         TranslationError: the source holds something that CUDA has not; the text says what, where.
         RuntimeError: this MLX has no CUDA.
     """
-    return own_launch(definition) if has_own_body(definition) else launch_of(definition)
+    body = own_body(definition)
+    return launch_of(definition) if body is None else handwritten(definition, body)
 
 
 def translated(definition: Definition, variant: Variant | None = None) -> CudaSource:
@@ -31,6 +32,6 @@ def translated(definition: Definition, variant: Variant | None = None) -> CudaSo
     Raises:
         TranslationError: as for `compiled`.
     """
-    if definition.cuda is not None and has_own_body(definition):
-        return CudaSource(definition.cuda.header, definition.cuda.source, definition.input_names)
+    if (body := own_body(definition)) is not None:
+        return CudaSource(body.header, body.source, definition.input_names)
     return Translation(definition).source(variant or Variant())

@@ -183,16 +183,15 @@ class _Finder:
         )
         state = self.places[latents.buffer].state
         raw = (origin(self.graph, q), query.raw, latent.raw, key.raw)
-        extra = (latent.norm, query.freqs, after)
-        inputs = (*raw, latents.buffer, rope_keys.buffer, state)
-        inputs += tuple(value for value in extra if value is not None)
+        extra = (value for value in (latent.norm, query.freqs, after) if value is not None)
+        inputs = (*raw, latents.buffer, rope_keys.buffer, state, *extra)
         return Node("FusedLatentAttention", inputs, node.outputs, (operation,)), (
             latents,
             rope_keys,
         )
 
     def rotated_scores(self, mask: Value, scale: float) -> tuple[Value, _Write] | None:
-        """Return q_pe and the update of the rotated keys of scale * q_pe @ keys.T, if it is that."""
+        """Return q_pe and the update of rotated keys in scale * q_pe @ keys.T, if it is that."""
         graph = self.graph
         product = graph.producers.get(mask)
         if product is None or product.op != "Matmul":

@@ -68,7 +68,7 @@ def _gated_node(
         return None
     norm = normed(graph, x)
     operation = ExpertGatedProduct(
-        up.width, first.stored, up.stored, gate.activation, down.x.shape, norm.eps
+        up.width, first.stored, up.stored, gate.activation, chosen[0].size, up.rows, norm.eps
     )
     inputs = (norm.x, chosen[0], *norm.weight, *first.weight, *up.weight)
     return Node("FusedExpertGatedProduct", inputs, (down.x,), (operation,))
@@ -83,14 +83,16 @@ def _down_nodes(graph: Graph, down: Product) -> list[Node]:
     total = _sum(graph, down)
     indices = origin(graph, down.experts)
     if total is None:
-        operation = ExpertProducts(down.width, down.stored, down.result.shape)
+        operation = ExpertProducts(down.width, down.stored, count, down.result.shape)
         inputs = (down.x, indices, *down.weight)
         return [Node("FusedExpertProducts", inputs, (down.result,), (operation,))]
     extra = [value for value in (total.shared, total.residual) if value is not None]
     combination = ExpertCombination(
         down.width,
         down.stored,
-        total.result.shape,
+        count,
+        down.rows,
+        total.result.dtype,
         total.shared is not None,
         total.residual is not None,
     )

@@ -63,7 +63,7 @@ def _gated_nodes(
             continue
         norm = normed(graph, first.x)
         operation = GatedProduct(
-            first.width, first.stored, second.stored, gate.activation, down.x.shape, norm.eps
+            first.width, first.stored, second.stored, gate.activation, first.rows, norm.eps
         )
         inputs = (norm.x, *norm.weight, *first.weight, *second.weight)
         node = Node("FusedGatedProduct", inputs, (down.x,), (operation,))
@@ -126,9 +126,9 @@ def _with_heads(graph: Graph, found: Sequence[Product]) -> Graph:
     nodes = []
     for one in found:
         if one.heads and one.x.size == one.heads * one.width:
-            order = Value((one.heads,), mx.uint32)
-            constants[order] = mx.arange(one.heads, dtype=mx.uint32)
-            operation = ExpertProducts(one.width, one.stored, one.result.shape)
+            order = Value((1, 1, one.heads), mx.uint32)
+            constants[order] = mx.arange(one.heads, dtype=mx.uint32).reshape(order.shape)
+            operation = ExpertProducts(one.width, one.stored, one.heads, one.result.shape)
             inputs = (one.x, order, *one.weight)
             nodes.append(Node("FusedHeadProducts", inputs, (one.result,), (operation,)))
     whole = Graph(graph.inputs, graph.outputs, constants, graph.nodes)

@@ -11,6 +11,8 @@ an expert, 0 to E - 1: kernels do not look at them beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from zmlx.kernels.rows import check_floats
@@ -34,7 +36,12 @@ from zmlx.kernels.vectors.weights import Weight, check_weight, result_dtype
 
 
 def expert_products(
-    x: mx.array, indices: mx.array, weight: Weight, *, compile: Compile | None = None
+    x: mx.array,
+    indices: mx.array,
+    weight: Weight,
+    *,
+    shape: Sequence[int] | None = None,
+    compile: Compile | None = None,
 ) -> mx.array:
     """Multiply each vector with the weight of its expert.
 
@@ -43,6 +50,7 @@ def expert_products(
             its k experts.
         indices: (..., k) integers from 0 to E - 1.
         weight: (E, N, K), its bias (E, N).
+        shape: of the result, if it is wanted in another of as many elements.
         compile: as of `products`.
 
     Returns:
@@ -58,8 +66,12 @@ def expert_products(
     compile = compile or compiler()
     if compile is None or _small(x, None, weight):
         multiply = plain.wide if compile is None else plain.stock
-        return plain.product(multiply, x if own else x[..., None, :], weight, indices)
-    return _launched(compile, x, (weight,), norm=None, eps=0, indices=indices, own=own)[0]
+        y = plain.product(multiply, x if own else x[..., None, :], weight, indices)
+        return y if shape is None else y.reshape(tuple(shape))
+    shapes = None if shape is None else [shape]
+    return _launched(
+        compile, x, (weight,), norm=None, eps=0, indices=indices, own=own, shapes=shapes
+    )[0]
 
 
 def expert_gated_product(

@@ -49,6 +49,7 @@ def products(
     norm: mx.array | None = None,
     eps: float = 1e-6,
     residual: mx.array | None = None,
+    shapes: Sequence[Sequence[int]] | None = None,
     compile: Compile | None = None,
 ) -> list[mx.array]:
     """Multiply vectors with one to four weights: [residual +] rms_norm(x) @ w.T [+ bias].
@@ -61,6 +62,7 @@ def products(
         norm: (K,) weight of an RMSNorm that x goes through first, or None.
         eps: of that norm, added to the mean square.
         residual: (..., N), added to the only product, or None.
+        shapes: of the results, if they are wanted in others of as many elements.
         compile: compiles kernels; by default for where kernels run now.
 
     Returns:
@@ -79,7 +81,8 @@ def products(
         check_residual(residual, x, weights)
     compile = compile or compiler()
     if compile is None:
-        return [plain.product(plain.wide, x, w, None, norm, eps, residual) for w in weights]
+        made = [plain.product(plain.wide, x, w, None, norm, eps, residual) for w in weights]
+        return _shaped(made, shapes)
     served = {key: [i for i, w in enumerate(weights) if _kind(w) == key] for key in _kinds(weights)}
     x, norm = _norm_apart(x, norm, eps, weights)
     results: dict[int, mx.array] = {}
@@ -88,9 +91,17 @@ def products(
         if _small(x, norm, *some):
             made = [plain.product(plain.stock, x, w, None, norm, eps, residual) for w in some]
         else:
-            made = _launched(compile, x, some, norm=norm, eps=eps, residual=residual)
+            wanted = None if shapes is None else [shapes[i] for i in numbers]
+            made = _launched(compile, x, some, norm=norm, eps=eps, residual=residual, shapes=wanted)
         results.update(zip(numbers, made, strict=True))
-    return [results[i] for i in range(len(weights))]
+    return _shaped([results[i] for i in range(len(weights))], shapes)
+
+
+def _shaped(made: list[mx.array], shapes: Sequence[Sequence[int]] | None) -> list[mx.array]:
+    if shapes is None:
+        return made
+    pairs = zip(made, map(tuple, shapes), strict=True)
+    return [array if array.shape == shape else array.reshape(shape) for array, shape in pairs]
 
 
 def gated_product(
@@ -242,6 +253,7 @@ def _launched(
     residual: mx.array | None = None,
     indices: mx.array | None = None,
     own: bool = False,
+    shapes: Sequence[Sequence[int]] | None = None,
 ) -> list[mx.array]:
     """Launch the kernel; with `own` each chosen expert has a vector (..., k, K)."""
     tokens = count(x)
@@ -262,7 +274,7 @@ def _launched(
     leading = x.shape[:-1] if indices is None else indices.shape
     dtype = result_dtype(x, *weights)
     output = dtype if residual is None else mx.result_type(residual, mx.zeros((), dtype))
-    shapes = [(*leading, rows) for rows in product.outputs]
+    shapes = shapes or [(*leading, rows) for rows in product.outputs]
     if 0 in shapes[0]:
         return [mx.zeros(shape, output) for shape in shapes]
     optional = (norm, *(a for w in weights for a in w.arrays().values()), residual, indices)

@@ -1,12 +1,15 @@
-"""The layers of a decode step in one operation of MLX.
+"""The layers of a decode step together: one operation on CPUs, a few kernels a layer on GPUs.
 
 Before   h = layers(tokens, cache)              some 25 operations for every layer
-After    h, cache = program(layers(...))        one, with the same operations inside
+After    h, cache = program(layers(...))        CPU: one, with the same operations inside
+         h = program(tokens, cache)             GPU: recorded, with 5 to 8 kernels for every layer
 
-Found as the module that holds the layers and passes the cache on to them. Its forward runs as it
-is, and builds its graph; before that is evaluated, what the native library can run in one go is
-taken together, also the updates of the cache. Prompts, modules in training mode and calls inside
-of a transformation (grad, compile, vmap) keep the graph as it is.
+Found as the module that holds the layers and passes the cache on to them. On a CPU its forward runs
+as it is, and builds its graph; before that is evaluated, what the native library can run in one go
+is taken together, also the updates of the cache. On a GPU the forward is traced once, for one
+token of one sequence, its graph is rewritten with fused kernels (zmlx.graph), and replayed without
+the forward. Prompts, batches, modules in training mode and caches that the program does not know
+keep the forward.
 """
 
 from __future__ import annotations
@@ -18,15 +21,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from zmlx.graph.stepping import Steps
+from zmlx.kernels.decode_attention_probe import DECODE_ATTENTION
 from zmlx.kernels.program import PROGRAM
 from zmlx.patch.forward import ForwardRefused, own_forward
-from zmlx.patch.pattern import KernelUse, PatchConfig, PatchPattern, Proposal, Refused
+from zmlx.patch.pattern import KernelUse, PatchConfig, PatchPattern, Proposal, Refused, as_library
+from zmlx_autopatch import speech
 
 OPTIONS: dict[str, str] = {
     # tokens in one call above which the graph stays as it is: the operations are long then
     "max_tokens": "int",
 }
 _MAX_TOKENS = 32
+#: Where a replaced module keeps its programs.
+_STEPS = "_zmlx_steps"
 
 
 def cache_arrays(holder: Any) -> Iterator[mx.array]:
@@ -70,13 +78,16 @@ class DecodeStep(PatchPattern):
         if "cache" not in parameters:
             return None
         at = parameters.index("cache") - 1  # without self
+        count = max(map(len, layers))
+        if config.backend != "cpu":
+            return _recorded(config, at, count)
         limit = int(config.options.get("max_tokens", _MAX_TOKENS))
         uses = tuple(KernelUse(PROGRAM, {"dtype": d}) for d in (mx.float32, mx.bfloat16))
         return Proposal(
             (config.backend, at, limit),
             lambda base: {"__call__": _forward(base, config.backend, at, limit)},
             uses,
-            f"the {max(map(len, layers))} layers of a step of up to {limit} tokens",
+            f"the {count} layers of a step of up to {limit} tokens",
         )
 
 
@@ -91,6 +102,53 @@ def _forward(base: type, backend: str, at: int, limit: int) -> Callable[..., Any
         cache = kwargs["cache"] if "cache" in kwargs else args[at] if len(args) > at else None
         program([out, *cache_arrays(cache)])
         return out
+
+    return __call__
+
+
+def _recorded(config: PatchConfig, at: int, count: int) -> Proposal | Refused:
+    """Return what replays steps on a GPU."""
+    if at < 1:
+        return Refused("its forward takes the cache before the tokens")
+    uses = tuple(
+        KernelUse(DECODE_ATTENTION, {"head_dim": 64, "dtype": dtype})
+        for dtype in (mx.float32, mx.bfloat16)
+    )
+    return Proposal(
+        (config.backend, at),
+        lambda base: {"__call__": _replaying(base, at)},
+        uses,
+        f"the {count} layers of a step of one token, recorded",
+    )
+
+
+def _replaying(base: type, at: int) -> Callable[..., Any]:
+    stock = base.__call__
+
+    def forward(module: nn.Module, tokens: mx.array, caches: list[Any]) -> mx.array:
+        with as_library(module):
+            return stock(module, tokens, cache=caches)  # type: ignore[no-any-return]
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs["cache"] if "cache" in kwargs else args[at] if len(args) > at else None
+        tokens = args[0] if args else None
+        steps = self.__dict__.get(_STEPS)
+        if (
+            not isinstance(cache, list)
+            or not isinstance(tokens, mx.array)
+            or tokens.shape != (1, 1)
+            or self._training
+            or any(value is not None for value in args[1:at] + args[at + 1 :])
+            or any(value is not None for name, value in kwargs.items() if name != "cache")
+        ):
+            if steps is not None:
+                steps.forget()
+            return stock(self, *args, **kwargs)
+        if steps is None:
+            steps = Steps(self, forward, lambda reason: speech.say(f"zmlx: {reason}"))
+            self.__dict__[_STEPS] = steps
+        out = steps(tokens, cache)
+        return stock(self, *args, **kwargs) if out is None else out
 
     return __call__
 
