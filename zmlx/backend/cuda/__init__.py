@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zmlx.backend.cuda.handwritten import handwritten, own_body
+from zmlx.backend.cuda.handwritten import own_body, own_launch
 from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
@@ -23,7 +23,7 @@ def compiled(definition: Definition) -> Launch:
         RuntimeError: this MLX has no CUDA.
     """
     body = own_body(definition)
-    return launch_of(definition) if body is None else handwritten(definition, body)
+    return launch_of(definition) if body is None else own_launch(definition, body)
 
 
 def translated(definition: Definition, variant: Variant | None = None) -> CudaSource:

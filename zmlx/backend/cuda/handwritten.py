@@ -30,7 +30,7 @@ def own_body(definition: Definition) -> CudaBody | None:
     return body if body is not None and body.architecture <= architecture() else None
 
 
-def handwritten(definition: Definition, body: CudaBody) -> Launch:
+def own_launch(definition: Definition, body: CudaBody) -> Launch:
     """Return a kernel with a body of its own for CUDA as a function of arrays.
 
     Its launch is laid out as the body says, where it says it.
