@@ -6,6 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
@@ -27,14 +28,15 @@ def compiled(definition: Definition) -> Launch:
     """
     if definition.cuda is None:
         return launch_of(definition)
+    source = shortened(translated(definition), definition.name)
     return cast(
         Launch,
         mx.fast.cuda_kernel(
             name=definition.name,
             input_names=list(definition.input_names),
             output_names=list(definition.output_names),
-            source=definition.cuda,
-            header=definition.cuda_header,
+            source=source.body,
+            header=source.header,
             ensure_row_contiguous=definition.ensure_row_contiguous,
         ),
     )

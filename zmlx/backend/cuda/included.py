@@ -34,9 +34,10 @@ def shortened(source: CudaSource, name: str) -> CudaSource:
 
 
 def _header(header: str, name: str) -> str:
-    prelude = f'#include "{PRELUDE}"\n'
-    if len(header) < LONG or not header.startswith(prelude):
+    if len(header) < LONG:
         return header
+    prelude = f'#include "{PRELUDE}"\n'
+    prelude = prelude if header.startswith(prelude) else ""
     return f'{prelude}#include "{_file(header.removeprefix(prelude), name)}"\n'
 
 
