@@ -36,6 +36,21 @@ inline Piece streamed(const void* from) {
                : "memory");
   return x;
 }
+// The same of what all warps read, maybe from shared memory, and a number of the state. Both are
+// asked for where they stand: the compiler would do it where they are used.
+inline Piece taken(const void* from) {
+  Piece x;
+  asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+               : "l"(from)
+               : "memory");
+  return x;
+}
+inline int taken_number(const int* from) {
+  int x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
 // Adds a product of 16 x 16 and 16 x 8 elements, spread over a warp, to `c`.
 #define ATTENTION_MMA(KIND)                                                        \\
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 "      \\
@@ -95,8 +110,7 @@ struct Eight {
   void load(const X* from) {
     UNROLL
     for (int i = 0; i < sizeof(X) / 2; ++i) {
-      uint4 x = ((const uint4*)from)[i];
-      pieces[i] = {x.x, x.y, x.z, x.w};
+      pieces[i] = taken((const Piece*)from + i);
     }
   }
   void widen(float* x) const {
@@ -116,42 +130,23 @@ struct Eight {
 
 template <typename X>
 Eight<X> eight_of(const X*);
-template <typename X>
-inline Eight<X> chosen(bool first, const Eight<X>& a, const Eight<X>& b) {
-  Eight<X> x;
-  UNROLL
-  for (int i = 0; i < sizeof(X) / 2 * 4; ++i) {
-    x.pieces[i / 4].word[i % 4] = first ? a.pieces[i / 4].word[i % 4] : b.pieces[i / 4].word[i % 4];
-  }
-  return x;
-}
 
-// Rows that can be read 16 bytes at a time.
+// Copies rows to shared memory, where they can be read 16 bytes at a time.
 template <typename X>
-struct Rows {
-  const X* at;
-  int64_t stride;
-};
-// Rows where they lie or, where that is not on 16 bytes, copied to shared memory.
-template <typename X>
-inline Rows<X> settled(const X* from, int rows, int size, int64_t row_stride, int64_t stride,
-                       void* copy, bool& copied) {
-  if (stride == 1 && row_stride % 8 == 0 && (size_t)from % 16 == 0) {
-    return {from, row_stride};
-  }
+inline const X* copied(void* copy, const X* from, int rows, int size, int64_t row_stride,
+                       int64_t stride) {
   X* to = (X*)copy;
   for (int i = threadIdx.x; i < rows * size; i += blockDim.x) {
     to[i] = from[i / size * row_stride + i % size * stride];
   }
-  copied = true;
-  return {to, size};
+  return to;
 }
 
 // The new token's part of one head, or nothing.
-template <int D, typename X>
-inline void load_head(Eight<X>* to, const X* from, int c) {
+template <int D, typename X, int J>
+inline void load_head(Eight<X> (&to)[J], const X* from, int c) {
   UNROLL
-  for (int j = 0; j < (D + 31) / 32; ++j) {
+  for (int j = 0; j < J; ++j) {
     if (D % 32 == 0 || 32 * j + 8 * c < D) {
       to[j].load(from + 32 * j + 8 * c);
     } else {
@@ -162,11 +157,11 @@ inline void load_head(Eight<X>* to, const X* from, int c) {
 
 // Keys of a tile: lane 4 g + c has 8 elements of position 8 n + g from 32 j + 8 c on.
 template <int D, int TILES, int J, typename T>
-inline void fetch_keys(Piece (&to)[TILES][J], const T* rows, int64_t stride, int from, int last,
-                       int g, int c) {
+inline void fetch_keys(Piece (&to)[TILES][J], const T* rows, int stride, int from, int last, int g,
+                       int c) {
   UNROLL
   for (int n = 0; n < TILES; ++n) {
-    const T* row = rows + min(from + 8 * n + g, last) * stride + 8 * c;
+    const T* row = rows + int64_t(min(from + 8 * n + g, last)) * stride + 8 * c;
     UNROLL
     for (int j = 0; j < J; ++j) {
       if (D % 32 == 0 || 32 * j + 8 * c < D) {
@@ -181,11 +176,11 @@ inline void fetch_keys(Piece (&to)[TILES][J], const T* rows, int64_t stride, int
 inline int value_row(int r, int c) { return r / 4 * 16 + r % 4 / 2 * 8 + 2 * c + r % 2; }
 // Values of a tile: lane 4 g + c has 8 elements of its rows from 64 j + 8 g on.
 template <int DV, int ROWS, int J, typename T>
-inline void fetch_values(Piece (&to)[ROWS][J], const T* rows, int64_t stride, int from, int last,
+inline void fetch_values(Piece (&to)[ROWS][J], const T* rows, int stride, int from, int last,
                          int g, int c) {
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    const T* row = rows + min(from + value_row(r, c), last) * stride + 8 * g;
+    const T* row = rows + int64_t(min(from + value_row(r, c), last)) * stride + 8 * g;
     UNROLL
     for (int j = 0; j < J; ++j) {
       if (DV % 64 == 0 || 64 * j + 8 * g < DV) {
@@ -253,8 +248,8 @@ inline void turned(float& one, float& two, float c, float s, bool there) {
   one = there ? a * c - b * s : a;
   two = there ? a * s + b * c : b;
 }
-// Rotates a head by the directions of all its angles.
-template <int DIMS, bool TRADITIONAL, typename T, int J>
+// Rotates a head by the directions of all its angles; it is rounded when it is packed.
+template <int DIMS, bool TRADITIONAL, int J>
 inline void rotated(float (&x)[J][8], const float2* directions, int c) {
   constexpr int half = DIMS / 64;  // pieces between the two elements of a pair
   UNROLL
@@ -271,10 +266,6 @@ inline void rotated(float (&x)[J][8], const float2* directions, int c) {
         turned(x[j][2 * i + 1], x[(j + half) % J][2 * i + 1], to.z, to.w, true);
       }
     }
-  }
-  UNROLL
-  for (int j = 0; j < J; ++j) {
-    rounded<T>(x[j]);
   }
 }
 template <typename T>
@@ -309,40 +300,36 @@ const int g = lane / 4, c = lane % 4;
 const int split = blockIdx.x, kv = blockIdx.y / GROUPS, part = blockIdx.y % GROUPS;
 const int batch = blockIdx.z, row = batch * gridDim.y + blockIdx.y;
 const int head = kv * SHARED + part * HEADS, heads = min(HEADS, SHARED - part * HEADS);
-const int write = state[batch * STEP], length = state[batch * STEP + 1];
+const int* const numbers = state + batch * STEP;
+const int write = taken_number(numbers), length = taken_number(numbers + 1);
+const int position = taken_number(numbers + 2);
+const T* q_from = q + batch * q_strides[0] + head * q_strides[1];
+const T* k_from = k + batch * k_strides[0] + kv * k_strides[1];
+const T* v_from = v + batch * v_strides[0] + kv * v_strides[1];
+int64_t q_stride = q_strides[1];
+$weights// What is new may lie anywhere.
+__shared__ uint4 copies[$heads_room$weight_room];
+if (q_strides[2] != 1 || k_strides[2] != 1 || v_strides[2] != 1 || q_stride % 8 != 0 ||
+    ((size_t)q_from | (size_t)k_from | (size_t)v_from$addresses) % 16 != 0) {
+  q_from = copied(copies, q_from, heads, D, q_stride, q_strides[2]);
+  k_from = copied(copies + HEADS * D / 8, k_from, 1, D, 0, k_strides[2]);
+  v_from = copied(copies + (HEADS + 1) * D / 8, v_from, 1, DV, 0, v_strides[2]);
+  q_stride = D;
+$copies  __syncthreads();
+}
+// Rows of the products without a query of their own take another's.
+Eight<T> raw[K_PIECES];
+load_head<D>(raw, q_from + min(g, heads - 1) * q_stride, c);
+$weight_loads
 T* const key_rows = (T*)keys + batch * keys_strides[0] + kv * keys_strides[1];
 T* const value_rows = (T*)values + batch * values_strides[0] + kv * values_strides[1];
-const int64_t key_stride = keys_strides[2], value_stride = values_strides[2];
+const int key_stride = keys_strides[2], value_stride = values_strides[2];
 const int last_row = keys_shape[2] - 1;
 Piece k_tile[TILES][K_PIECES], v_tile[ROWS][V_PIECES];
 int tile = warp * SPLITS + split;
-if (AT_ONCE) {
+if (AT_ONCE && tile * KEYS <= last_row) {
   fetch_keys<D>(k_tile, key_rows, key_stride, tile * KEYS, last_row, g, c);
   fetch_values<DV>(v_tile, value_rows, value_stride, tile * KEYS, last_row, g, c);
-}
-__shared__ uint4 copies[$heads_room$weight_room];
-bool copied = false;
-const auto q_rows = settled(q + batch * q_strides[0] + head * q_strides[1], heads, D, q_strides[1],
-                            q_strides[2], copies, copied);
-const auto new_key = settled(k + batch * k_strides[0] + kv * k_strides[1], 1, D, 0, k_strides[2],
-                             copies + HEADS * D / 8, copied);
-const auto new_value = settled(v + batch * v_strides[0] + kv * v_strides[1], 1, DV, 0, v_strides[2],
-                               copies + (HEADS + 1) * D / 8, copied);
-$weights
-if (copied) {
-  __syncthreads();
-}
-// Rows of the products without a query of their own take another's.
-Eight<T> q_raw[K_PIECES], k_raw[K_PIECES];
-load_head<D>(q_raw, q_rows.at + min(g, heads - 1) * q_rows.stride, c);
-load_head<D>(k_raw, new_key.at, c);
-$weight_loads
-Eight<T> v_raw[V_PIECES];
-UNROLL
-for (int j = 0; j < V_PIECES; ++j) {
-  if (DV % 64 == 0 || 64 * j + 8 * g < DV) {
-    v_raw[j].load(new_value.at + 64 * j + 8 * g);
-  }
 }
 const bool dense = keys_strides[3] == 1 && values_strides[3] == 1;
 const float scale = dense ? from_bits(SCALE) * 1.44269504f : from_bits(0x7fc00000u);
@@ -357,10 +344,13 @@ __shared__ float4 meeting[WARPS * HEADS * LINE];
 __shared__ float2 totals[WARPS * HEADS];
 $directions"""
 HEADS_ROOM = "((HEADS + 1) * D + DV) / 8"
-WEIGHTS = """const auto ${x}_weights = settled(${x}_weight, 1, D, 0, 1, copies + $at, copied);
+WEIGHTS = """const auto* ${x}_weights = ${x}_weight;
 """
-WEIGHT_LOADS = """decltype(eight_of(${x}_weight)) ${x}_weights_raw[K_PIECES];
-load_head<D>(${x}_weights_raw, ${x}_weights.at, c);
+WEIGHT_COPIES = """  ${x}_weights = copied(copies + $at, ${x}_weights, 1, D, 0, 1);
+"""
+# A norm of one of both works with weights of that one, and the other goes by it.
+WEIGHT_LOADS = """decltype(eight_of(${x}_weight)) weights[K_PIECES];
+load_head<D>(weights, ${x}_weights, c);
 """
 DIRECTIONS = """// Of traditional ones some beyond those that there are are read, and not used.
 constexpr int ANGLES = TRADITIONAL ? 16 * K_PIECES : DIMS / 2;
@@ -368,61 +358,85 @@ __shared__ float4 all_directions[WARPS * ANGLES / 2];
 float2* const directions = (float2*)all_directions + warp * ANGLES;
 """
 
-# The new key is worked on by the warp to whose tiles it belongs, then the queries by all.
+# All warps work on the queries, then the one to whose tiles the new key belongs works on that.
 PREPARE = """
 if (tile < end_tile) {
 if (!AT_ONCE) {
   fetch_keys<D>(k_tile, key_rows, key_stride, tile * KEYS, last_row, g, c);
   fetch_values<DV>(v_tile, value_rows, value_stride, tile * KEYS, last_row, g, c);
 }
-$turn
-Piece queries[K_PIECES];
 const int its_tile = write / KEYS - tile;
 const bool fresh = its_tile >= 0 && its_tile % (WARPS * SPLITS) == 0 && write < length;
+Eight<T> raw_key[K_PIECES], raw_value[V_PIECES];
+$key_weights
+if (fresh) {
+  load_head<D>(raw_key, k_from, c);
+$key_weight_loads  UNROLL
+  for (int j = 0; j < V_PIECES; ++j) {
+    if (DV % 64 == 0 || 64 * j + 8 * g < DV) {
+      raw_value[j].load(v_from + 64 * j + 8 * g);
+    }
+  }
+}
+$turn
+Piece queries[K_PIECES];
 _Pragma("unroll 1")
-for (int turn = fresh ? 0 : 1; turn < 2; ++turn) {
-  const bool is_key = turn == 0;
+for (bool is_key = false;; is_key = true) {
   float x[K_PIECES][8];
   UNROLL
   for (int j = 0; j < K_PIECES; ++j) {
-    chosen(is_key, k_raw[j], q_raw[j]).widen(x[j]);
+    raw[j].widen(x[j]);
   }
-$norm$rope  UNROLL
-  for (int j = 0; j < K_PIECES; ++j) {
-    queries[j] = packed_eight<T>(x[j]);
-  }
-  if (is_key) {
-    // Later tiles are read from the cache, this one has been already.
+$norm$rope  if (!is_key) {
     UNROLL
     for (int j = 0; j < K_PIECES; ++j) {
-      if (g == 0 && (D % 32 == 0 || 32 * j + 8 * c < D)) {
-        *(Piece*)(key_rows + write * key_stride + 32 * j + 8 * c) = queries[j];
-      }
-      UNROLL
-      for (int n = 0; n < TILES; ++n) {
-        if (tile * KEYS + 8 * n + g == write) {
-          k_tile[n][j] = queries[j];
-        }
-      }
+      queries[j] = packed_eight<T>(x[j]);
+      raw[j] = raw_key[j];
+$key_weight_moves    }
+    if (fresh) {
+      continue;
+    }
+    break;
+  }
+  // Later tiles are read from the cache, this one has been already.
+  UNROLL
+  for (int j = 0; j < K_PIECES; ++j) {
+    Piece key = packed_eight<T>(x[j]);
+    if (g == 0 && (D % 32 == 0 || 32 * j + 8 * c < D)) {
+      *(Piece*)(key_rows + int64_t(write) * key_stride + 32 * j + 8 * c) = key;
     }
     UNROLL
-    for (int j = 0; j < V_PIECES; ++j) {
-      if (c == 0 && (DV % 64 == 0 || 64 * j + 8 * g < DV)) {
-        *(Piece*)(value_rows + write * value_stride + 64 * j + 8 * g) = v_raw[j].pieces[0];
-      }
-      UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        if (tile * KEYS + value_row(r, c) == write) {
-          v_tile[r][j] = v_raw[j].pieces[0];
-        }
+    for (int n = 0; n < TILES; ++n) {
+      if (tile * KEYS + 8 * n + g == write) {
+        k_tile[n][j] = key;
       }
     }
-    __syncwarp();
   }
+  UNROLL
+  for (int j = 0; j < V_PIECES; ++j) {
+    Piece value = raw_value[j].pieces[0];
+    if (c == 0 && (DV % 64 == 0 || 64 * j + 8 * g < DV)) {
+      *(Piece*)(value_rows + int64_t(write) * value_stride + 64 * j + 8 * g) = value;
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      if (tile * KEYS + value_row(r, c) == write) {
+        v_tile[r][j] = value;
+      }
+    }
+  }
+  __syncwarp();
+  break;
 }
 """
+KEY_WEIGHTS = """decltype(eight_of(k_weight)) key_weights[K_PIECES];
+"""
+KEY_WEIGHT_LOADS = """  load_head<D>(key_weights, k_weights, c);
+"""
+KEY_WEIGHT_MOVES = """      weights[j] = key_weights[j];
+"""
 TURN = """{
-  const float place = float(state[batch * STEP + 2]);
+  const float place = float(position);
   UNROLL
   for (int from = 0; from < DIMS / 2; from += 32) {
     int i = from + lane;
@@ -436,18 +450,11 @@ INVERSE = {
     "base": "exp2f(-(float(i) / float(DIMS / 2)) * from_bits(BASE))",
     "freqs": "(1.0f / float(freqs[i * freqs_strides[0]]))",
 }
-NORM_BOTH = """  decltype(eight_of(q_weight)) weights[K_PIECES];
-  UNROLL
-  for (int j = 0; j < K_PIECES; ++j) {
-    weights[j] = chosen(is_key, k_weights_raw[j], q_weights_raw[j]);
-  }
-  normed<D, T>(x, weights, from_bits(EPS));
-"""
-NORM_ONE = """  if ($condition) {
-    normed<D, T>(x, ${x}_weights_raw, from_bits(EPS));
+NORM = """  if ($condition) {
+    normed<D, T>(x, weights, from_bits(EPS));
   }
 """
-ROPE = """$multiply  rotated<DIMS, TRADITIONAL != 0, T>(x, directions, c);
+ROPE = """$multiply  rotated<DIMS, TRADITIONAL != 0>(x, directions, c);
 """
 # A number beside an array takes its dtype in MLX, so the number is rounded as well.
 MULTIPLY = """  UNROLL
@@ -602,21 +609,25 @@ __syncthreads();
 const int active = min(WARPS, (tiles - split + SPLITS - 1) / SPLITS);
 for (int i = thread; i < heads * (DV / 4); i += THREADS) {
   const int h = i / (DV / 4), f = i % (DV / 4);
+  float2 ends[WARPS];
+  float4 some[WARPS];
   float peak = -INFINITY, all = 0.0f;
   UNROLL
   for (int w = 0; w < WARPS; ++w) {
+    ends[w] = make_float2(-INFINITY, 0.0f);
+    some[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (w < active) {
-      peak = fmaxf(peak, totals[w * HEADS + h].x);
+      ends[w] = totals[w * HEADS + h];
+      some[w] = meeting[(w * HEADS + h) * LINE + (f ^ (f / 8 & 1))];
     }
+    peak = fmaxf(peak, ends[w].x);
   }
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   UNROLL
   for (int w = 0; w < WARPS; ++w) {
-    if (w < active) {
-      float weight = power_of_two(totals[w * HEADS + h].x - peak);
-      all = fmaf(weight, totals[w * HEADS + h].y, all);
-      sum = plus(sum, weight, meeting[(w * HEADS + h) * LINE + (f ^ (f / 8 & 1))]);
-    }
+    float weight = power_of_two(ends[w].x - peak);
+    all = fmaf(weight, ends[w].y, all);
+    sum = plus(sum, weight, some[w]);
   }
 $write}
 """
@@ -687,33 +698,31 @@ def header() -> str:
 
 def attention(variant: Variant) -> str:
     """Return the body of the kernel, for the forms "whole" and "joined"."""
-    weights = [x for x, there in (("q", variant.q_norm), ("k", variant.k_norm)) if there]
-    rooms = [(x, f" + D * sizeof(*{x}_weight) / 16") for x in weights]
+    norms = [x for x, there in (("q", variant.q_norm), ("k", variant.k_norm)) if there]
+    rooms = [f" + D * sizeof(*{x}_weight) / 16" for x in norms]
+    at = [HEADS_ROOM + "".join(rooms[:i]) for i in range(len(norms))]
     place = filled(
         PLACE,
         heads_room=HEADS_ROOM,
-        weight_room="".join(room for _, room in rooms),
-        weights="".join(
-            filled(WEIGHTS, x=x, at=HEADS_ROOM + "".join(room for _, room in rooms[:i]))
-            for i, (x, _) in enumerate(rooms)
-        ),
-        weight_loads="".join(filled(WEIGHT_LOADS, x=x) for x in weights),
+        weight_room="".join(rooms),
+        weights="".join(filled(WEIGHTS, x=x) for x in norms),
+        addresses="".join(f" | (size_t){x}_weights" for x in norms),
+        copies="".join(filled(WEIGHT_COPIES, x=x, at=a) for x, a in zip(norms, at, strict=True)),
+        weight_loads=filled(WEIGHT_LOADS, x=norms[0]) if norms else "",
         directions=DIRECTIONS if variant.rope else "",
     )
+    both = len(norms) == 2
+    conditions = {"qk": "true", "q": "!is_key", "k": "is_key"}
     prepare = filled(
         PREPARE,
+        key_weights=KEY_WEIGHTS if both else "",
+        key_weight_loads=KEY_WEIGHT_LOADS if both else "",
+        key_weight_moves=KEY_WEIGHT_MOVES if both else "",
         turn=filled(TURN, inverse=INVERSE[variant.rope]) if variant.rope else "",
-        norm=_norm(weights),
+        norm=filled(NORM, condition=conditions["".join(norms)]) if norms else "",
         rope=filled(ROPE, multiply=MULTIPLY if variant.multiplied else "") if variant.rope else "",
     )
     attend = filled(ATTEND, sinks=SINKS if variant.sinks else "")
     joined = variant.form == "joined"
     meet = filled(MEET, write=WRITE_PART if joined else WRITE_WHOLE)
     return place + prepare + attend + meet + (JOIN if joined else "")
-
-
-def _norm(weights: list[str]) -> str:
-    if len(weights) == 2:
-        return NORM_BOTH
-    conditions = {"q": "!is_key", "k": "is_key"}
-    return "".join(filled(NORM_ONE, condition=conditions[x], x=x) for x in weights)
