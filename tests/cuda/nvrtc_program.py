@@ -127,8 +127,11 @@ def assemble(
     )
 
 
-def compile_program(*kernels: str) -> str | None:
-    """Return None when kernels compile for an H200 in one program, else what the compiler says."""
+def compile_program(*kernels: str, architecture: str = "sm_90a") -> str | None:
+    """Return None when kernels compile in one program, else what the compiler says.
+
+    Without an `architecture` they do so for an H200.
+    """
     found = library()
     assert found is not None
     nvrtc, includes = found
@@ -141,7 +144,7 @@ def compile_program(*kernels: str) -> str | None:
     assert made == 0, f"nvrtcCreateProgram: {made}"
     options = [
         "--device-as-default-execution-space",
-        "--gpu-architecture=sm_90a",
+        f"--gpu-architecture={architecture}",
         *includes,
     ]
     given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))

@@ -24,6 +24,8 @@ inline Piece streamed(const void* from) { return *(const Piece*)from; }
 inline Piece taken(const void* from) { return *(const Piece*)from; }
 inline int taken_number(const int* from) { return *from; }
 template <typename T>
+T* placed(T* rows, int row, int stride) { return rows + int64_t(row) * stride; }
+template <typename T>
 void mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
          T kind) {
   mma_16_8_16(c, a0, a1, a2, a3, b0, b1, kind);

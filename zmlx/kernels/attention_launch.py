@@ -29,6 +29,8 @@ _MEETING = 16384
 _FLAT = 49152
 #: On tensor cores: most elements of keys and values, of which registers hold whole tiles.
 _TENSOR_SIZE, _TENSOR_VALUE_SIZE = 192, 128
+#: Tiles that are worth a block there. All its warps together read no faster than half of them.
+_TILES = 4
 #: Up to this capacity tiles are asked for before it is known which hold anything.
 _AT_ONCE = 1024
 #: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
@@ -99,7 +101,7 @@ class Layout:
         tile = _tile(seen, max(size, value_size)) if tensor else 0
         least = tile or LEAST
         if splits is None:
-            least = tile * WARPS or LEAST  # every warp has a tile
+            least = tile * _TILES or LEAST
             splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
         elif not 1 <= splits <= CHUNK - 2:
             raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
@@ -175,7 +177,12 @@ class Layout:
 
     @property
     def _tensor_numbers(self) -> dict[str, int]:
-        return {"WARPS": WARPS, "KEYS": self.tile, "AT_ONCE": int(self.at_once)}
+        return {
+            "WARPS": WARPS,
+            "KEYS": self.tile,
+            "AT_ONCE": int(self.at_once),
+            "BATCHED": int(self.batch > 1),
+        }
 
     @property
     def _numbers(self) -> dict[str, int]:

@@ -51,6 +51,14 @@ inline int taken_number(const int* from) {
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
 }
+// A row of an array: one instruction, of which the compiler would make several.
+template <typename T>
+inline T* placed(T* rows, int row, int stride) {
+  T* found;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+      : "=l"(found) : "r"(row), "r"(stride * (int)sizeof(T)), "l"(rows));
+  return found;
+}
 // Adds a product of 16 x 16 and 16 x 8 elements, spread over a warp, to `c`.
 #define ATTENTION_MMA(KIND)                                                        \\
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 "      \\
@@ -161,7 +169,7 @@ inline void fetch_keys(Piece (&to)[TILES][J], const T* rows, int stride, int fro
                        int c) {
   UNROLL
   for (int n = 0; n < TILES; ++n) {
-    const T* row = rows + int64_t(min(from + 8 * n + g, last)) * stride + 8 * c;
+    const T* row = placed(rows + 8 * c, min(from + 8 * n + g, last), stride);
     UNROLL
     for (int j = 0; j < J; ++j) {
       if (D % 32 == 0 || 32 * j + 8 * c < D) {
@@ -180,7 +188,7 @@ inline void fetch_values(Piece (&to)[ROWS][J], const T* rows, int stride, int fr
                          int g, int c) {
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    const T* row = rows + int64_t(min(from + value_row(r, c), last)) * stride + 8 * g;
+    const T* row = placed(rows + 8 * g, min(from + value_row(r, c), last), stride);
     UNROLL
     for (int j = 0; j < J; ++j) {
       if (DV % 64 == 0 || 64 * j + 8 * g < DV) {
@@ -298,7 +306,7 @@ constexpr int LINE = DV / 4 + 2;  // so that rows of sums do not begin in the sa
 const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 const int g = lane / 4, c = lane % 4;
 const int split = blockIdx.x, kv = blockIdx.y / GROUPS, part = blockIdx.y % GROUPS;
-const int batch = blockIdx.z, row = batch * gridDim.y + blockIdx.y;
+const int batch = BATCHED ? blockIdx.z : 0, row = batch * gridDim.y + blockIdx.y;
 const int head = kv * SHARED + part * HEADS, heads = min(HEADS, SHARED - part * HEADS);
 const int* const numbers = state + batch * STEP;
 const int write = taken_number(numbers), length = taken_number(numbers + 1);
@@ -306,7 +314,7 @@ const int position = taken_number(numbers + 2);
 const T* q_from = q + batch * q_strides[0] + head * q_strides[1];
 const T* k_from = k + batch * k_strides[0] + kv * k_strides[1];
 const T* v_from = v + batch * v_strides[0] + kv * v_strides[1];
-int64_t q_stride = q_strides[1];
+int q_stride = q_strides[1];
 $weights// What is new may lie anywhere.
 __shared__ uint4 copies[$heads_room$weight_room];
 if (q_strides[2] != 1 || k_strides[2] != 1 || v_strides[2] != 1 || q_stride % 8 != 0 ||
@@ -319,7 +327,7 @@ $copies  __syncthreads();
 }
 // Rows of the products without a query of their own take another's.
 Eight<T> raw[K_PIECES];
-load_head<D>(raw, q_from + min(g, heads - 1) * q_stride, c);
+load_head<D>(raw, placed(q_from, min(g, heads - 1), q_stride), c);
 $weight_loads
 T* const key_rows = (T*)keys + batch * keys_strides[0] + kv * keys_strides[1];
 T* const value_rows = (T*)values + batch * values_strides[0] + kv * values_strides[1];
@@ -403,7 +411,7 @@ $key_weight_moves    }
   for (int j = 0; j < K_PIECES; ++j) {
     Piece key = packed_eight<T>(x[j]);
     if (g == 0 && (D % 32 == 0 || 32 * j + 8 * c < D)) {
-      *(Piece*)(key_rows + int64_t(write) * key_stride + 32 * j + 8 * c) = key;
+      *(Piece*)(placed(key_rows, write, key_stride) + 32 * j + 8 * c) = key;
     }
     UNROLL
     for (int n = 0; n < TILES; ++n) {
@@ -416,7 +424,7 @@ $key_weight_moves    }
   for (int j = 0; j < V_PIECES; ++j) {
     Piece value = raw_value[j].pieces[0];
     if (c == 0 && (DV % 64 == 0 || 64 * j + 8 * g < DV)) {
-      *(Piece*)(value_rows + int64_t(write) * value_stride + 64 * j + 8 * g) = value;
+      *(Piece*)(placed(value_rows, write, value_stride) + 64 * j + 8 * g) = value;
     }
     UNROLL
     for (int r = 0; r < ROWS; ++r) {
