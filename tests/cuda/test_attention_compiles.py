@@ -31,13 +31,26 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_compiles(name, dtype, programs, monkeypatch):  # noqa: F811
+    launch_all(dtype, OPTIONS[name], monkeypatch, tensor=False)
+    check(programs)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_compiles_for_tensor_cores(name, dtype, architecture, programs, monkeypatch):  # noqa: F811
+    launch_all(dtype, OPTIONS[name], monkeypatch, tensor=True)
+    check(programs, architecture)
+
+
+def launch_all(dtype, options, monkeypatch, *, tensor):
     monkeypatch.setattr(plain, "for_kernels", lambda **_: "cuda")
+    monkeypatch.setattr(plain, "has_tensor_cores", lambda: tensor)
     for splits in (1, 4):
         q, k, keys = (mx.zeros(s, dtype) for s in ((1, 16, 64), (1, 2, 64), (1, 2, 300, 64)))
         decode_attention(
-            q, k, k, keys, keys, mx.zeros(3, mx.int32), scale=1.0, splits=splits, **OPTIONS[name]
+            q, k, k, keys, keys, mx.zeros(3, mx.int32), scale=1.0, splits=splits, **options
         )
-    check(programs)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
@@ -57,10 +70,12 @@ def test_it_compiles_for_latents(dtype, programs, monkeypatch):  # noqa: F811
     check(programs)
 
 
-def check(programs):  # noqa: F811
+def check(programs, architecture="sm_90a"):  # noqa: F811
     assert sum(map(len, programs.values())) == 2
     for header, bodies in programs.items():
         for k, text in enumerate(bodies):
             assert len(header) + len(text) < 4000, "MLX hashes all of it at every evaluation"
-            log = compile_program(header, text.replace("_CASE(", f"_{k}("))
+            log = compile_program(
+                header, text.replace("_CASE(", f"_{k}("), architecture=architecture
+            )
             assert log is None, f"\n{log[:3000]}"

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.kernels.attention_launch import Layout, launched
+from zmlx.backend.capability import has_tensor_cores
+from zmlx.kernels.attention_launch import Layout, fits_tensor_cores, launched
 from zmlx.kernels.attention_source import Variant
 from zmlx.kernels.rope import Rope, bits, kind_of, rope_template
 from zmlx.kernels.rows import SIMD, check_floats, check_vectors, wide
@@ -158,7 +159,13 @@ def decode_attention(
     _check_arrays(q, k, v, keys, values, state)
     _check_options(q, keys, q_norm, k_norm, rope, sinks)
     backend = for_kernels(has_reference=False)
-    layout = Layout.of(q, keys, values.shape[3], state, window=window, splits=splits)
+    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
+    tensor = (
+        backend == "cuda"
+        and fits_tensor_cores(q, keys, values.shape[3], (q_norm, k_norm), rope, numbers)
+        and has_tensor_cores()
+    )
+    layout = Layout.of(q, keys, values.shape[3], state, window=window, splits=splits, tensor=tensor)
     variant = Variant(
         q_norm=q_norm is not None,
         k_norm=k_norm is not None,
@@ -167,6 +174,7 @@ def decode_attention(
         sinks=sinks is not None,
         after=after is not None,
         form=layout.form(backend),
+        tensor=tensor,
     )
     arrays = {
         "q": q,
@@ -182,7 +190,6 @@ def decode_attention(
         "counters": counters,
         "after": after,
     }
-    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
     return launched(variant, layout, backend, arrays, numbers, shape)
 
 
