@@ -66,6 +66,8 @@ def _gated_node(
     one_row = x.size == up.width and origin(graph, first.x) is x
     if gate.gate is None or not one_row or any(choice is not chosen[0] for choice in chosen):
         return None
+    if first.rows != up.rows or not first.result.dtype == up.result.dtype == down.x.dtype:
+        return None
     norm = normed(graph, x)
     operation = ExpertGatedProduct(
         up.width, first.stored, up.stored, gate.activation, chosen[0].size, up.rows, norm.eps
@@ -122,7 +124,9 @@ def _sum(graph: Graph, down: Product) -> _Sum | None:
     axis = value.ndim - 2
     weighted = node.outputs[0]
     node, value = sole_reader(graph, weighted)
-    if scores is None or node is None or node.op != "Reduce" or value.shape[axis] != count:
+    if scores is None or node is None or node.op != "Reduce" or value.ndim != axis + 2:
+        return None
+    if value.shape[axis:] != (count, down.rows):
         return None
     if tuple(node.arguments) != (_SUM, [axis]):
         return None

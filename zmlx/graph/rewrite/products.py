@@ -59,7 +59,7 @@ def _gated_nodes(
             continue
         first, second = results[gate.gate], results[gate.up]
         same = origin(graph, first.x) is origin(graph, second.x)
-        if not same or first.rows != second.rows:
+        if not same or first.rows != second.rows or first.result.dtype != down.x.dtype:
             continue
         norm = normed(graph, first.x)
         operation = GatedProduct(
