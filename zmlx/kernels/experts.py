@@ -11,6 +11,8 @@ each with the weights of the expert indices[t, j]. How a weight is stored is sai
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,14 +21,16 @@ from zmlx.kernels.quantized import Packing, Part
 from zmlx.kernels.rows import wide
 from zmlx.kernels.spec import KernelSpec, Sample, register
 from zmlx.kernels.vectors import Weight, fused, plain
+from zmlx.kernels.vectors.replayed import Replayed
 from zmlx.kernels.vectors.weights import result_dtype
 
 _ROWS, _EXPERTS, _TOP_K, _TOKENS = 19, 3, 2, 2
 
 
 def _weight(parts: tuple[Any, ...], packing: Packing) -> Weight:
+    w, scales, biases, bias = parts
     mode, group_size, bits = packing
-    return Weight(*parts, mode, group_size, bits)
+    return Weight(w, scales, biases, bias, mode, group_size, bits)
 
 
 def _product(x: mx.array, weight: Weight, indices: mx.array) -> mx.array:
@@ -166,3 +170,73 @@ EXPERT_COMBINE = register(
         values=_BIASED,
     )
 )
+
+
+#: (x, indices, gate's four parts, up's, down's, by name activation and packings) -> (..., k, N)
+Outputs = Callable[..., mx.array]
+
+
+def expert_outputs(backend: str) -> Outputs:
+    """Return what computes `expert_glu` and then `expert_matmul`, as one call that is replayed.
+
+    It takes x (..., K), indices (..., k), w, scales, biases and bias of gate, up and down (None for
+    what is missing), and by name `activation` and `packings` of the three (None for no gate).
+
+    Raises:
+        KernelUnavailable: the backend has no kernels.
+    """
+    glu, matmul = (spec.implementation(backend) for spec in (EXPERT_GLU, EXPERT_MATMUL))
+
+    def both(first: Any, second: Any) -> Callable[..., mx.array]:
+        def outputs(
+            x: mx.array,
+            indices: mx.array,
+            *arrays: Part,
+            activation: str,
+            packings: tuple[Packing | None, Packing, Packing],
+        ) -> mx.array:
+            h = first(x, indices, *arrays[:8], activation=activation, packings=packings[:2])
+            return second(h, indices, *arrays[8:], packing=packings[2])  # type: ignore[no-any-return]
+
+        return outputs
+
+    stock = both(fused.stock_expert_glu, fused.stock_expert_matmul)
+    return _replayed(both(glu, matmul), stock, backend)
+
+
+def expert_sum(backend: str) -> Outputs:
+    """Return the same with `expert_combine` in place of `expert_matmul`.
+
+    It takes scores (..., k) after the indices, and `keeps_dtype` by name.
+
+    Raises:
+        KernelUnavailable: the backend has no kernels.
+    """
+    glu, combine = (spec.implementation(backend) for spec in (EXPERT_GLU, EXPERT_COMBINE))
+
+    def both(first: Any, second: Any) -> Callable[..., mx.array]:
+        def weighted(
+            x: mx.array,
+            indices: mx.array,
+            scores: mx.array,
+            *arrays: Part,
+            activation: str,
+            packings: tuple[Packing | None, Packing, Packing],
+            keeps_dtype: bool,
+        ) -> mx.array:
+            h = first(x, indices, *arrays[:8], activation=activation, packings=packings[:2])
+            return second(  # type: ignore[no-any-return]
+                h, indices, scores, *arrays[8:], packing=packings[2], keeps_dtype=keeps_dtype
+            )
+
+        return weighted
+
+    stock = both(fused.stock_expert_glu, fused.stock_expert_combine)
+    return _replayed(both(glu, combine), stock, backend)
+
+
+def _replayed(launched: Outputs, stock: Outputs, backend: str) -> Outputs:
+    def fused_ones(_: str, *arrays: Part, **options: Any) -> mx.array:
+        return launched(*arrays, **options)
+
+    return partial(Replayed(fused_ones, stock, fused.few_chosen), backend)

@@ -1,9 +1,9 @@
 """Which activation a module of the library computes, found by computing it.
 
-The names do not say: a `SwiGLU` may be clamped, a `GELU` be one of three. So the module is traced on
-float32 arrays; if all of its operations treat each element alone, it is computed on numbers of both
-signs and all sizes and compared with the formulas that the kernels know. What differs anywhere is
-not known.
+The names do not say: a `SwiGLU` may be clamped, a `GELU` be one of three. So the module is traced
+on float32 arrays; if all of its operations treat each element alone, it is computed on numbers of
+both signs and all sizes and compared with the formulas that the kernels know. What differs anywhere
+is not known.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ELEMENTWISE = frozenset(
 _NUMBERS = [0.0, 0.3, 1.0, 1.7, 3.1, 4.5, 6.9, 7.1, 9.0, 14.0, 30.0, 200.0, 3e4, 1e9, 1e18]
 _CLOSE = 2e-5
 
-#: (class, its numbers, operands) -> activation; the layers of a model share one
+#: (class, its settings, its forward, operands) -> activation; the layers of a model share one
 _KNOWN: dict[Hashable, str | None] = {}
 
 
@@ -44,10 +44,10 @@ def activation_of(module: nn.Module, *, gated: bool) -> str | None:
         module: called with (up, gate), as `SwitchGLU` does, or with one array.
         gated: which of the two.
     """
-    numbers = {name: v for name, v in vars(module).items() if isinstance(v, bool | int | float)}
-    if len(module) or set(vars(module)) - set(numbers) - {"_no_grad", "_training"}:
+    settings = {name: v for name, v in vars(module).items() if isinstance(v, int | float | str)}
+    if len(module) or set(vars(module)) - set(settings) - {"_no_grad", "_training"}:
         return _computed(module, gated)
-    key = (type(module), tuple(sorted(numbers.items())), type(module).__call__, gated)
+    key = (type(module), tuple(sorted(settings.items())), type(module).__call__, gated)
     if key not in _KNOWN:
         _KNOWN[key] = _computed(module, gated)
     return _KNOWN[key]

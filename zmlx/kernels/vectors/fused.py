@@ -11,13 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.kernels.rows import FLOATS
 from zmlx.kernels.vectors import plain
 from zmlx.kernels.vectors.experts import (
     expert_combination,
     expert_gated_product,
     expert_products,
 )
-from zmlx.kernels.vectors.linear import Compile, count, gated_product, products
+from zmlx.kernels.vectors.linear import Compile, gated_product, products
 from zmlx.kernels.vectors.replayed import Replayed
 from zmlx.kernels.vectors.weights import Weight, result_dtype
 
@@ -30,13 +31,13 @@ Part = mx.array | None
 
 
 def few_rows(x: mx.array, *_: Part) -> bool:
-    """Return whether there are so few vectors that the kernels take them."""
-    return 0 < count(x) <= MOST_ROWS
+    """Return whether the kernels take vectors x (..., K): there are few, of a dtype they know."""
+    return 0 < x.size <= MOST_ROWS * x.shape[-1] and x.dtype in FLOATS
 
 
-def few_chosen(indices: mx.array) -> bool:
-    """Return the same of experts that are chosen."""
-    return 0 < indices.size <= MOST_CHOSEN
+def few_chosen(x: mx.array, indices: mx.array, *_: Part) -> bool:
+    """Return the same of vectors for which experts are chosen."""
+    return 0 < indices.size <= MOST_CHOSEN and x.dtype in FLOATS
 
 
 def _weight(w: mx.array, scales: Part, biases: Part, bias: Part, packing: Any) -> Weight:
@@ -195,13 +196,14 @@ def _expert_glu(
     return expert_gated_product(x, indices, *sides, activation, compile=compile)
 
 
-def _stock_expert_glu(
+def stock_expert_glu(
     x: mx.array,
     indices: mx.array,
     *arrays: Part,
     activation: str,
     packings: tuple[Packing | None, Packing],
 ) -> mx.array:
+    """Return the gated products of the chosen experts by stock's operations."""
     sides = _expert_sides(arrays, packings)
     return plain.gated(plain.stock, x[..., None, :], *sides, activation, indices)
 
@@ -212,7 +214,8 @@ def _expert_matmul(
     return expert_products(h, indices, _weight(*down, packing), compile=compile)
 
 
-def _stock_expert_matmul(h: mx.array, indices: mx.array, *down: Any, packing: Packing) -> mx.array:
+def stock_expert_matmul(h: mx.array, indices: mx.array, *down: Any, packing: Packing) -> mx.array:
+    """Return the products of the chosen experts' own vectors by stock's operations."""
     return plain.product(plain.stock, h, _weight(*down, packing), indices)
 
 
@@ -230,7 +233,7 @@ def _expert_combine(
     return expert_combination(h, indices, scores, weight, dtype=dtype, compile=compile)
 
 
-def _stock_expert_combine(
+def stock_expert_combine(
     h: mx.array,
     indices: mx.array,
     scores: mx.array,
@@ -238,17 +241,14 @@ def _stock_expert_combine(
     packing: Packing,
     keeps_dtype: bool = False,
 ) -> mx.array:
+    """Return the weighted sum of those by stock's operations."""
     weight = _weight(*down, packing)
     dtype = result_dtype(h, weight) if keeps_dtype else None
     return plain.combination(plain.stock, h, indices, scores, weight, dtype=dtype)
 
 
-def _second_few(_: mx.array, indices: mx.array, *__: Part) -> bool:
-    return few_chosen(indices)
-
-
-def _fifth_few(x: mx.array, w: mx.array, s: Part, b: Part, indices: mx.array) -> bool:
-    return few_chosen(indices)
+def _few_gathered(x: mx.array, w: mx.array, s: Part, b: Part, indices: mx.array) -> bool:
+    return few_chosen(x, indices)
 
 
 Function = Callable[..., mx.array]
@@ -257,14 +257,14 @@ matmul: Function = Replayed(_matmul, _stock_matmul, few_rows)
 #: act(x @ gate.T) * (x @ up.T)
 glu: Function = Replayed(_glu, _stock_glu, few_rows)
 #: x @ w[indices].T, where x (..., M, K) has the axes of the indices before M, or 1
-gather_matmul: Function = Replayed(_gather_matmul, _stock_gather_matmul, _fifth_few)
+gather_matmul: Function = Replayed(_gather_matmul, _stock_gather_matmul, _few_gathered)
 #: the gated products of the chosen experts
-gather_glu: Function = Replayed(_gather_glu, _stock_gather_glu, _second_few)
+gather_glu: Function = Replayed(_gather_glu, _stock_gather_glu, few_chosen)
 #: the weighted sum of the chosen experts' products
-gather_combine: Function = Replayed(_gather_combine, _stock_gather_combine, _second_few)
+gather_combine: Function = Replayed(_gather_combine, _stock_gather_combine, few_chosen)
 #: the gated products of the chosen experts, with their biases, or without a gate
-expert_glu: Function = Replayed(_expert_glu, _stock_expert_glu, _second_few)
+expert_glu: Function = Replayed(_expert_glu, stock_expert_glu, few_chosen)
 #: the products of the chosen experts' own vectors, with their biases
-expert_matmul: Function = Replayed(_expert_matmul, _stock_expert_matmul, _second_few)
+expert_matmul: Function = Replayed(_expert_matmul, stock_expert_matmul, few_chosen)
 #: the weighted sum of those
-expert_combine: Function = Replayed(_expert_combine, _stock_expert_combine, _second_few)
+expert_combine: Function = Replayed(_expert_combine, stock_expert_combine, few_chosen)

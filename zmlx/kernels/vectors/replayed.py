@@ -7,7 +7,7 @@ from its graph (`zmlx.backend.replay`). Gradients are those of stock's operation
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,13 @@ import mlx.core as mx
 from zmlx.backend.replay import Replay
 from zmlx.backend.vmapping import inside_vmap
 from zmlx.kernels.calling import gradients_of, replay_of
-from zmlx.kernels.vectors.linear import Compile
 
 
 class Replayed:
     """A function of arrays, of which some may be missing, and of options.
 
     Args:
-        fused: takes what compiles kernels, then the arrays, and by name the options.
+        fused: takes what says where it runs, then the arrays, and by name the options.
         stock: the same without the first argument, in MLX's operations; calls that are not served,
             gradients and `mx.vmap` go there.
         serves: says of the arrays whether the kernels take them; asked first, at every call.
@@ -37,28 +36,28 @@ class Replayed:
     ) -> None:
         self._fused, self._stock, self._serves = fused, stock, serves
 
-    def __call__(self, compile: Compile, *given: mx.array | None, **options: Any) -> mx.array:
+    def __call__(self, where: Hashable, *given: mx.array | None, **options: Any) -> mx.array:
         """Call the function.
 
         Args:
-            compile: what compiles kernels.
+            where: what compiles kernels, or anything else that the function depends on.
             given: the arrays, None for those that are missing.
             options: hashable.
         """
         if not self._serves(*given) or inside_vmap():
             return self._stock(*given, **options)
         present = tuple([array is not None for array in given])
-        key = (self, compile, present, *options.items())
-        replay = replay_of(key, partial(self._made, compile, present, options))
+        key = (self, where, present, *options.items())
+        replay = replay_of(key, partial(self._made, where, present, options))
         return replay(None, [a for a in given if a is not None])  # type: ignore[no-any-return]
 
-    def _made(self, compile: Compile, present: tuple[bool, ...], options: dict[str, Any]) -> Replay:
+    def _made(self, where: Hashable, present: tuple[bool, ...], options: dict[str, Any]) -> Replay:
         def whole(arrays: tuple[mx.array, ...]) -> list[mx.array | None]:
             left = iter(arrays)
             return [next(left) if there else None for there in present]
 
         def launched(*arrays: mx.array) -> mx.array:
-            return self._fused(compile, *whole(arrays), **options)
+            return self._fused(where, *whole(arrays), **options)
 
         def stock(*arrays: mx.array) -> mx.array:
             return self._stock(*whole(arrays), **options)
