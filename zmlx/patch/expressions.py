@@ -135,7 +135,7 @@ def _combination(forward: Forward, statements: list[ast.stmt]) -> Combination | 
     experts, outputs = _own_attribute(forward, value.func), _target(first)
     if experts is None or not isinstance(second, ast.Assign | ast.Return):
         return None
-    call = (first, experts, *value.args)
+    call = (first, experts, value.args[0], value.args[1])
     return _at_once(forward, call, outputs, second) or _apart(forward, call, outputs, statements)
 
 

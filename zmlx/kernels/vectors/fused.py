@@ -6,7 +6,7 @@ Each takes what compiles kernels and then the arguments of its reference in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +28,8 @@ MOST_ROWS = 8
 MOST_CHOSEN = 64
 
 Part = mx.array | None
+#: Mode, group size and bits.
+Packing = tuple[str, int, int]
 
 
 def few_rows(x: mx.array, *_: Part) -> bool:
@@ -40,7 +42,9 @@ def few_chosen(x: mx.array, indices: mx.array, *_: Part) -> bool:
     return 0 < indices.size <= MOST_CHOSEN and x.dtype in FLOATS
 
 
-def _weight(w: mx.array, scales: Part, biases: Part, bias: Part, packing: Any) -> Weight:
+def _weight(parts: Sequence[Any], packing: Packing) -> Weight:
+    """Return a weight of w, scales, biases and bias."""
+    w, scales, biases, bias = parts
     mode, group_size, bits = packing
     return Weight(w, scales, biases, bias, mode, group_size, bits)
 
@@ -59,7 +63,7 @@ def _sides(
         )
         for side in ("gate", "up")
     ]
-    return _weight(*gate, packings[0]), _weight(*up, packings[1])
+    return _weight(gate, packings[0]), _weight(up, packings[1])
 
 
 def _linear(
@@ -73,7 +77,7 @@ def _linear(
     bits: int,
     mode: str = "affine",
 ) -> tuple[mx.array, Weight]:
-    return x, _weight(w, scales, biases, bias, (mode, group_size, bits))
+    return x, _weight((w, scales, biases, bias), (mode, group_size, bits))
 
 
 def _matmul(compile: Compile, *arrays: Any, **packing: Any) -> mx.array:
@@ -172,16 +176,13 @@ def _stock_gather_combine(
     return plain.combination(plain.stock, h, indices, weights, _linear(h, *parts, **packing)[1])
 
 
-Packing = tuple[str, int, int]
-
-
 def _expert_sides(
     arrays: tuple[Any, ...], packings: tuple[Packing | None, Packing]
 ) -> tuple[Weight | None, Weight]:
     """Return gate, or None, and up of four parts each."""
     gate, up = packings
-    first = None if gate is None else _weight(*arrays[:4], gate)
-    return first, _weight(*arrays[4:], up)
+    first = None if gate is None else _weight(arrays[:4], gate)
+    return first, _weight(arrays[4:], up)
 
 
 def _expert_glu(
@@ -211,12 +212,12 @@ def stock_expert_glu(
 def _expert_matmul(
     compile: Compile, h: mx.array, indices: mx.array, *down: Any, packing: Packing
 ) -> mx.array:
-    return expert_products(h, indices, _weight(*down, packing), compile=compile)
+    return expert_products(h, indices, _weight(down, packing), compile=compile)
 
 
 def stock_expert_matmul(h: mx.array, indices: mx.array, *down: Any, packing: Packing) -> mx.array:
     """Return the products of the chosen experts' own vectors by stock's operations."""
-    return plain.product(plain.stock, h, _weight(*down, packing), indices)
+    return plain.product(plain.stock, h, _weight(down, packing), indices)
 
 
 def _expert_combine(
@@ -228,7 +229,7 @@ def _expert_combine(
     packing: Packing,
     keeps_dtype: bool = False,
 ) -> mx.array:
-    weight = _weight(*down, packing)
+    weight = _weight(down, packing)
     dtype = result_dtype(h, weight) if keeps_dtype else None
     return expert_combination(h, indices, scores, weight, dtype=dtype, compile=compile)
 
@@ -242,7 +243,7 @@ def stock_expert_combine(
     keeps_dtype: bool = False,
 ) -> mx.array:
     """Return the weighted sum of those by stock's operations."""
-    weight = _weight(*down, packing)
+    weight = _weight(down, packing)
     dtype = result_dtype(h, weight) if keeps_dtype else None
     return plain.combination(plain.stock, h, indices, scores, weight, dtype=dtype)
 
