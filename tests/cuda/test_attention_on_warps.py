@@ -1,4 +1,4 @@
-"""Attention's body for tensor cores, run lane by lane on the CPU: what it indexes, orders, awaits."""
+"""Attention's body for tensor cores, run lane by lane on the CPU: indices, order, barriers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from kernels.test_decode_attention import arrays, check, error, norms, normal, state
 from warp_program import COMPILER, kernels_on_cpu
 
-from zmlx.backend import cuda
+from zmlx.backend.cuda import handwritten
 from zmlx.backend.launch import forget
 from zmlx.kernels import attention_launch
 from zmlx.kernels import decode_attention as module
@@ -54,7 +54,7 @@ def on_warps(monkeypatch, request):
 
     backwards = request.param == "backwards"
     monkeypatch.setattr(mx.fast, "cuda_kernel", kernels_on_cpu(header, lambda: backwards))
-    monkeypatch.setattr(cuda, "shortened", lambda source, name: source)
+    monkeypatch.setattr(handwritten, "shortened", lambda source, name: source)
     monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
     forget()

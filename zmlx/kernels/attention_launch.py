@@ -97,7 +97,9 @@ class Layout:
         shared = q.shape[1] // kv_heads
         groups = -(-shared // HEADS)
         heads = -(-shared // groups)
-        seen = min(capacity, window or capacity)
+        # A kernel is made for its splits: there are few numbers of them, although buffers grow.
+        room = _power_of_two(capacity)
+        seen = min(room, window or room)
         tile = _tile(seen, max(size, value_size)) if tensor else 0
         least = tile or LEAST
         if splits is None:
@@ -119,7 +121,7 @@ class Layout:
             q_dtype=q.dtype,
             state_step=0 if state.ndim == 1 else 3,
             tile=tile,
-            at_once=tensor and not window and capacity <= _AT_ONCE,
+            at_once=tensor and not window and room <= _AT_ONCE,
         )
 
     @property
