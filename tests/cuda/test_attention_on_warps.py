@@ -64,6 +64,16 @@ def test_a_window_and_sinks_and_a_scaled_rope(dtype):
         assert mx.allclose(found[i], found[4 + i], atol=1e-2).item() == (length <= 64)
 
 
+def test_what_lies_before_a_window_does_not_count():
+    q, k, v, *caches = arrays(capacity=150, dtype=BF16)
+    before = (mx.arange(150) < 130)[:, None]
+    with_nan = [mx.where(before, mx.nan, x).astype(BF16) for x in caches]
+    mx.eval(with_nan)
+    options = {"scale": 0.1, "window": 17}
+    out = decode_attention(q, k, v, *caches, state(147), **options)
+    assert mx.array_equal(out, decode_attention(q, k, v, *with_nan, state(147), **options)).item()
+
+
 def test_a_ring_is_written_in_the_middle_by_the_warp_that_reads_it():
     for capacity in (70, 2100):  # in the second, some warps reach it only with a later tile
         given = arrays(heads=10, kv=1, capacity=capacity, dtype=BF16)
