@@ -72,6 +72,18 @@ def test_it_is_no_farther_from_the_truth_than_models_are():
     assert error(out, truth) <= error(theirs, truth)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_it_is_as_exact_as_what_it_gets(dtype):
+    """Beyond the rounding of what goes in and comes out, nothing of 16 bits is lost."""
+    given = arrays(heads=8, size=128, rotated=64, capacity=300, dtype=dtype)
+    wide = (x.astype(mx.float32) for x in given)
+    truth, _, _ = decode_attention_latent_reference(*wide, state(290), scale=0.1)
+    out = decode_attention_latent(*given, state(290), scale=0.1)
+    off = mx.abs(out.astype(mx.float32) - truth)
+    half_a_unit = mx.abs(truth) * {F16: 2.0**-11, BF16: 2.0**-8}[dtype]
+    assert mx.all(off <= 1.01 * half_a_unit + 1e-5).item()
+
+
 @pytest.mark.parametrize(("capacity", "splits"), [(601, 1), (601, None), (1100, 3), (1100, 100)])
 def test_every_length(capacity, splits):
     """With 100 parts and enough positions they are added up in two steps."""

@@ -159,7 +159,6 @@ float2* const directions = (float2*)all_directions;
 # Each warp prepares and writes its own elements of what is new.
 _PREPARE = """
 const bool fresh = write / KEYS % SPLITS == split && write < length;
-const bool at_hand = fresh && write / KEYS == split;
 Piece queries[2];
 if (!is_turned) {
   UNROLL
@@ -176,7 +175,7 @@ $norm    Piece whole = {};
     }
     UNROLL
     for (int r = 0; r < ROWS; ++r) {
-      if (at_hand && split * KEYS + value_row(r, c) == write) {
+      if (split * KEYS + value_row(r, c) == write) {
         v_tile[r] = whole;
       }
     }
@@ -186,7 +185,7 @@ $norm    Piece whole = {};
         Piece some = part_of(32 * j + 8 * c);
         UNROLL
         for (int n = 0; n < TILES; ++n) {
-          if (at_hand && split * KEYS + 8 * n + g == write) {
+          if (split * KEYS + 8 * n + g == write) {
             k_tile[n][j] = some;
           }
         }
@@ -229,7 +228,7 @@ $rope    if (!is_key) {
       }
       UNROLL
       for (int n = 0; n < TILES; ++n) {
-        if (at_hand && split * KEYS + 8 * n + g == write) {
+        if (split * KEYS + 8 * n + g == write) {
           k_tile[n][j] = key;
         }
       }
