@@ -1,67 +1,28 @@
-"""Attention's body for tensor cores, run lane by lane on the CPU: indices, order, barriers."""
+"""Attention on tensor cores, lane by lane on the CPU: what it indexes, orders and waits for."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from kernels.test_decode_attention import arrays, check, error, norms, normal, state
-from warp_program import COMPILER, kernels_on_cpu
+from attention_on_cpu import run_on_warps
+from kernels.test_decode_attention import arrays, check, error, normal, norms, state
+from warp_program import COMPILER
 
-from zmlx.backend.cuda import handwritten
-from zmlx.backend.launch import forget
-from zmlx.kernels import attention_launch
+from zmlx.backend import current
 from zmlx.kernels import decode_attention as module
 from zmlx.kernels.attention_tensor_source import PRIMITIVES
 from zmlx.kernels.decode_attention import Rope, decode_attention, decode_attention_reference
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or current() != "cpu", reason="no g++, or arrays lie in a GPU's memory"
+)
 F16, BF16 = mx.float16, mx.bfloat16
-ON_CPU = """
-#define UNROLL
-namespace attention {
-struct alignas(16) Piece { unsigned word[4]; };
-inline Piece streamed(const void* from) { return *(const Piece*)from; }
-inline Piece taken(const void* from) { return *(const Piece*)from; }
-inline int taken_number(const int* from) { return *from; }
-template <typename T>
-T* placed(T* rows, int row, int stride) { return rows + int64_t(row) * stride; }
-template <typename T>
-void mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
-         T kind) {
-  mma_16_8_16(c, a0, a1, a2, a3, b0, b1, kind);
-}
-template <typename T>
-unsigned packed(float low, float high, T kind) {
-  return narrow(low, kind) | unsigned(narrow(high, kind)) << 16;
-}
-inline float2 unpacked(unsigned pair, __half kind) {
-  return {wide(pair & 0xffff, kind), wide(pair >> 16, kind)};
-}
-inline float power_of_two(float x) { return std::exp2(x); }
-inline int counted(int* counter) { return (*counter)++; }
-inline float from_bits(unsigned x) { return std::bit_cast<float>(x); }
-}
-"""
 
 
 @pytest.fixture(params=["forwards", "backwards"], autouse=True)
 def on_warps(monkeypatch, request):
-    """What goes to CUDA runs on the CPU; in both orders, so that a missing barrier shows."""
-
-    def header(text):
-        assert text.startswith(PRIMITIVES)
-        return ON_CPU + text.removeprefix(PRIMITIVES)
-
-    backwards = request.param == "backwards"
-    monkeypatch.setattr(mx.fast, "cuda_kernel", kernels_on_cpu(header, lambda: backwards))
-    monkeypatch.setattr(handwritten, "shortened", lambda source, name: source)
-    monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
-    monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
-    forget()
-    yield
-    for _, counters in attention_launch._COUNTERS.made:
-        assert not mx.any(counters).item()
-    forget()
+    """In both orders, so that a missing barrier shows."""
+    yield from run_on_warps(monkeypatch, module, backwards=request.param == "backwards")
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
@@ -80,8 +41,9 @@ def test_every_size_and_dtype(heads, kv, size, value_size, rope, dtype):
     check(given, state(36, position=1000), rope=rope, **norms(size, dtype))
 
 
-@pytest.mark.parametrize("splits", [None, 1, 2, 40])
-@pytest.mark.parametrize("capacity", [601, 1100])
+@pytest.mark.parametrize(
+    ("capacity", "splits"), [(601, None), (601, 1), (601, 40), (1100, None), (1100, 2)]
+)
 def test_every_length(capacity, splits):
     """Capacities on both sides of where tiles are read without waiting, and grow."""
     given = arrays(heads=3, kv=1, capacity=capacity, dtype=BF16)
@@ -103,6 +65,16 @@ def test_a_window_and_sinks_and_a_scaled_rope(dtype):
             assert mx.max(mx.abs(out[:, 3])).item() < 1e-6  # all of its softmax goes to the sink
     for i, length in enumerate((5, 64, 65, 149)):
         assert mx.allclose(found[i], found[4 + i], atol=1e-2).item() == (length <= 64)
+
+
+def test_what_lies_before_a_window_does_not_count():
+    q, k, v, *caches = arrays(capacity=150, dtype=BF16)
+    before = (mx.arange(150) < 130)[:, None]
+    with_nan = [mx.where(before, mx.nan, x).astype(BF16) for x in caches]
+    mx.eval(with_nan)
+    options = {"scale": 0.1, "window": 17}
+    out = decode_attention(q, k, v, *caches, state(147), **options)
+    assert mx.array_equal(out, decode_attention(q, k, v, *with_nan, state(147), **options)).item()
 
 
 def test_a_ring_is_written_in_the_middle_by_the_warp_that_reads_it():
@@ -156,7 +128,7 @@ def test_nothing_else_is_written_and_nothing_beyond_the_length_counts(splits):
 
 @pytest.mark.parametrize("shift", [0, 3])
 def test_arrays_that_are_parts_of_larger_ones(shift):
-    """With a shift nothing new lies on 16 bytes, and with every second element of v there are gaps."""
+    """With a shift nothing new lies on 16 bytes, and v has gaps."""
     size, heads, kv = 64, 4, 2
     together = normal(2, 1, (heads + 3 * kv) * size + shift, dtype=BF16)[..., shift:]
     q, k, v = (

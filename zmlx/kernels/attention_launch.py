@@ -11,7 +11,13 @@ import mlx.core as mx
 
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
-from zmlx.kernels import attention_latent_source, attention_source, attention_tensor_source
+from zmlx.kernels import (
+    attention_latent_source,
+    attention_latent_tensor_source,
+    attention_source,
+    attention_tensor_source,
+)
+from zmlx.kernels.attention_latent_tensor_source import SLICE
 from zmlx.kernels.attention_source import AHEAD, CHUNK, THREADS, Variant
 from zmlx.kernels.attention_tensor_source import WARPS
 from zmlx.kernels.rope import Rope
@@ -29,7 +35,9 @@ _MEETING = 16384
 _FLAT = 49152
 #: On tensor cores: most elements of keys and values, of which registers hold whole tiles.
 _TENSOR_SIZE, _TENSOR_VALUE_SIZE = 192, 128
-#: Tiles that are worth a block there. All its warps together read no faster than half of them.
+#: Positions of a tile there of latents, of which each warp of a block has some elements.
+_LATENT_TILE = 32
+#: Tiles that are worth a block there: with fewer there are more parts to add up.
 _TILES = 4
 #: Up to this capacity tiles are asked for before it is known which hold anything.
 _AT_ONCE = 1024
@@ -54,7 +62,8 @@ class Layout:
         dtype: of the cache.
         q_dtype: of queries and of the result.
         state_step: numbers from one sequence's state to the next one's.
-        tile: positions that a warp has at a time on CUDA's tensor cores, 0 elsewhere.
+        tile: positions that a warp, or for latents a block, has at a time on CUDA's tensor cores;
+            0 elsewhere.
         at_once: the first tiles are read without waiting for the state.
     """
 
@@ -100,10 +109,10 @@ class Layout:
         # A kernel is made for its splits: there are few numbers of them, although buffers grow.
         room = _power_of_two(capacity)
         seen = min(room, window or room)
-        tile = _tile(seen, max(size, value_size)) if tensor else 0
+        tile = _tile(seen, max(size, value_size), rope_size) if tensor else 0
         least = tile or LEAST
         if splits is None:
-            least = tile * _TILES or LEAST
+            least = (2 if rope_size else _TILES) * tile or LEAST
             splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
         elif not 1 <= splits <= CHUNK - 2:
             raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
@@ -157,6 +166,8 @@ class Layout:
     @property
     def threads(self) -> int:
         """Threads of a threadgroup."""
+        if self.tile and self.rope_size:
+            return SIMD * (-(-self.size // SLICE) + 1)
         return SIMD * WARPS if self.tile else THREADS
 
     @property
@@ -180,7 +191,7 @@ class Layout:
     @property
     def _tensor_numbers(self) -> dict[str, int]:
         return {
-            "WARPS": WARPS,
+            **({"E": self.rope_size} if self.rope_size else {"WARPS": WARPS}),
             "KEYS": self.tile,
             "AT_ONCE": int(self.at_once),
             "BATCHED": int(self.batch > 1),
@@ -305,8 +316,21 @@ def fits_tensor_cores(
     )
 
 
-def _tile(positions: int, size: int) -> int:
+def latents_fit_tensor_cores(
+    q: mx.array, latents: mx.array, rope: Rope | None, numbers: tuple[tuple[str, int], ...]
+) -> bool:
+    """Return whether latent attention may run on CUDA's tensor cores; see `fits_tensor_cores`."""
+    return (
+        q.dtype == latents.dtype != mx.float32
+        and (rope is None or rope.traditional or rope.dims % 64 == 0)
+        and all(number >= 0 for _, number in numbers)
+    )
+
+
+def _tile(positions: int, size: int, rope_size: int) -> int:
     """Return how many positions a warp works on: more where there are many, and rows are short."""
+    if rope_size:
+        return _LATENT_TILE
     return 32 if positions > _AT_ONCE and size <= 64 else 16
 
 
@@ -324,7 +348,7 @@ def _power_of_two(number: int) -> int:
 @cache
 def _definition(variant: Variant) -> Definition:
     source = attention_latent_source if variant.latent else attention_source
-    tensor = attention_tensor_source if variant.tensor else None
+    tensor = attention_latent_tensor_source if variant.latent else attention_tensor_source
     return Definition(
         name="decode_attention_latent" if variant.latent else "decode_attention",
         input_names=variant.inputs,
@@ -334,9 +358,9 @@ def _definition(variant: Variant) -> Definition:
         ensure_row_contiguous=False,
         updated_inputs=variant.updated,
         partial_outputs=variant.form != "whole",
-        cuda=None
-        if tensor is None
-        else CudaBody(tensor.attention(variant), tensor.header(), architecture=80),
+        cuda=CudaBody(tensor.attention(variant), tensor.header(), architecture=80)
+        if variant.tensor
+        else None,
     )
 
 

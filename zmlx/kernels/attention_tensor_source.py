@@ -466,7 +466,7 @@ ROPE = """$multiply  rotated<DIMS, TRADITIONAL != 0>(x, directions, c);
 """
 # A number beside an array takes its dtype in MLX, so the number is rounded as well.
 MULTIPLY = """  UNROLL
-  for (int j = 0; j < K_PIECES; ++j) {
+  for (int j = 0; j < sizeof(x) / 32; ++j) {
     float by = from_bits(MULTIPLIER);
     by = unpacked(packed(by, by, T()), T()).x;
     UNROLL
@@ -704,6 +704,16 @@ def header() -> str:
     return PRIMITIVES + HEADER
 
 
+def turn(variant: Variant) -> str:
+    """Return what computes the `directions` of the angles of a position."""
+    return filled(TURN, inverse=INVERSE[variant.rope]) if variant.rope else ""
+
+
+def rope(variant: Variant) -> str:
+    """Return what rotates the head `x`."""
+    return filled(ROPE, multiply=MULTIPLY if variant.multiplied else "") if variant.rope else ""
+
+
 def attention(variant: Variant) -> str:
     """Return the body of the kernel, for the forms "whole" and "joined"."""
     norms = [x for x, there in (("q", variant.q_norm), ("k", variant.k_norm)) if there]
@@ -726,9 +736,9 @@ def attention(variant: Variant) -> str:
         key_weights=KEY_WEIGHTS if both else "",
         key_weight_loads=KEY_WEIGHT_LOADS if both else "",
         key_weight_moves=KEY_WEIGHT_MOVES if both else "",
-        turn=filled(TURN, inverse=INVERSE[variant.rope]) if variant.rope else "",
+        turn=turn(variant),
         norm=filled(NORM, condition=conditions["".join(norms)]) if norms else "",
-        rope=filled(ROPE, multiply=MULTIPLY if variant.multiplied else "") if variant.rope else "",
+        rope=rope(variant),
     )
     attend = filled(ATTEND, sinks=SINKS if variant.sinks else "")
     joined = variant.form == "joined"

@@ -15,6 +15,8 @@ there, everything else is computed in float32.
 Keys and values are read once for all query heads that share them. The positions are split over
 threadgroups, whose sums are combined: on CUDA by the last threadgroup that arrives, in the same
 launch; elsewhere, where no threadgroup may rely on what another one wrote, by a second launch.
+CUDA's tensor cores compute it where queries and caches have the same 16 bits and their sizes fit
+(`fits_tensor_cores`).
 """
 
 from __future__ import annotations
