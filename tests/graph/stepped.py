@@ -1,7 +1,7 @@
 """Models whose steps are replayed as on a GPU, beside the same models as they are.
 
-Without a GPU the products run as MLX's operations and the attention in the emulator; what is traced,
-rewritten and replayed is what a GPU replays.
+Without a GPU the products run as MLX's operations and the attention in the emulator; what is
+traced, rewritten and replayed is what a GPU replays.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ REFUSED = {
     # The scores are capped, so that it is no attention of MLX's.
     "gemma2": READ,
     # The forward clips its own weights.
-    "gemma3n": "the position is used for more than the cache: Transpose",
+    "gemma3n": "the weights change from step to step",
     "llama4": "a cache of class ChunkedKVCache",
     "mamba": RECURRENT,
     "mamba2": RECURRENT,

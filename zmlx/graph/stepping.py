@@ -21,6 +21,8 @@ from zmlx.graph.tree import Tree
 #: product of float32 may be of fewer bits on a GPU; with 16 bits a router chooses another expert
 #: where two are nearly alike.
 _DEVIATIONS = {mx.float32: 0.02, mx.float16: 0.1, mx.bfloat16: 0.3}
+#: Changes of weights from step to step after which they are not looked at before the next prompt.
+_MOST_CHANGES = 3
 #: Reasons after which steps are not looked at any more until a weight changes.
 _MOST_REFUSALS = 8
 
@@ -52,7 +54,8 @@ class Steps:
         self._reasons: set[str] = set()
         self._given_up = False
         self._changing = False
-        self._tree = Tree(module)
+        self._tree: Tree | None = None
+        self._changes = 0
         # What the step before was: dtype of the token, chain, program.
         self._last: tuple[mx.Dtype, weakref.ref[Chain], DecodeProgram] | None = None
         self._lock = threading.Lock()
@@ -83,6 +86,7 @@ class Steps:
     def forget(self) -> None:
         """Look at everything anew at the next step."""
         self._last = None
+        self._changes = min(self._changes, _MOST_CHANGES - 1)
 
     def _running(self, tokens: mx.array, caches: list[Any]) -> _Running | None:
         """Return the program of the step before, if this one goes on from it."""
@@ -93,6 +97,7 @@ class Steps:
         chain = reference()
         if chain is None or dtype != tokens.dtype or not program.goes_on(chain, caches):
             return None
+        assert self._tree is not None
         return (program, chain) if self._tree.unchanged_in_part() else None
 
     def _started(self, tokens: mx.array, caches: list[Any]) -> _Running | None:
@@ -120,15 +125,26 @@ class Steps:
         return program, chain
 
     def _looked_at(self, module: nn.Module) -> bool:
-        """Forget all programs if the module's weights are others; return whether to go on."""
-        if self._changing:
+        """Forget all programs if the module's weights are others; return whether to go on.
+
+        Not with weights that are new: inside of a gradient they are so in every step, and must not
+        become constants.
+        """
+        if self._changing or self._changes == _MOST_CHANGES:
             return False
-        if not self._tree.unchanged():
-            self._tree = Tree(module)
-            self._programs.clear()
+        if self._tree is not None and self._tree.unchanged():
+            self._changes = 0
+            return not self._given_up
+        if self._tree is not None:
+            self._changes += 1
+        self._tree = Tree(module)
+        self._programs.clear()
+        self._given_up = False
+        if self._changes == _MOST_CHANGES:
+            self._refuse("the weights change from step to step")
+        else:
             self._reasons.clear()
-            self._given_up = False
-        return not self._given_up
+        return False
 
     def _tried(
         self, module: nn.Module, layout: Layout, tokens: mx.array, caches: list[Any]
@@ -142,6 +158,7 @@ class Steps:
             self._refuse(_text(failure), failure)
         finally:
             # A trace must leave nothing of itself.
+            assert self._tree is not None
             self._changing = self._tree.put_back()
         return None
 
@@ -156,7 +173,7 @@ class Steps:
         allowed = _DEVIATIONS.get(hidden.dtype)
         if allowed is None:
             raise ProgramRefused(f"the forward returns {hidden.dtype}")
-        if not self._tree.unchanged():
+        if self._tree is not None and not self._tree.unchanged():
             raise ProgramRefused("the forward changes what the module holds")
         program.check(forward, tokens, caches, allowed)
         return program

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from operator import getitem, is_
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 #: The tree is looked at in so many parts, one at each step: a whole look takes the host as long as
@@ -18,7 +19,8 @@ class Tree:
     """Every place of a tree of modules, lists and dicts, and what is there.
 
     What is compared is which object is in a place. An array that was changed in place, and numbers
-    that are attributes of a module, look the same.
+    that are attributes of a module, look the same. One array that is trained is looked at in every
+    part: inside of a gradient all of them are others.
 
     Args:
         module: the root, which is not kept alive.
@@ -35,17 +37,23 @@ class Tree:
         self._values = [value for _, _, value in entries]
         counted = {id(holder): holder for holder in (root, *self._holders)}
         self._sizes = [(holder, len(holder)) for holder in counted.values()]
+        trained = [n for n, entry in enumerate(entries) if _is_trained(*entry)]
+        self._parts = []
+        for turn in range(_PARTS):
+            numbers = [*range(turn, len(entries), _PARTS), *trained[:1]]
+            columns = (self._holders, self._keys, self._values)
+            self._parts.append([[column[n] for n in numbers] for column in columns])
         self._turn = 0
 
     def unchanged(self) -> bool:
         """Return whether the tree holds what it held, and nothing else."""
         sizes = all(len(holder) == size for holder, size in self._sizes)
-        return sizes and self._same(slice(None))
+        return sizes and _same(self._holders, self._keys, self._values)
 
     def unchanged_in_part(self) -> bool:
         """Return whether a part of the tree holds what it held, of the next one at each call."""
         self._turn = (self._turn + 1) % _PARTS
-        return self._same(slice(self._turn, None, _PARTS))
+        return _same(*self._parts[self._turn])
 
     def put_back(self) -> bool:
         """Put what the tree held in its places again; return whether anything else was there."""
@@ -61,12 +69,21 @@ class Tree:
                 holder[key] = value
         return True
 
-    def _same(self, part: slice) -> bool:
-        try:
-            found = map(getitem, self._holders[part], self._keys[part])
-            return all(map(is_, found, self._values[part]))
-        except (KeyError, IndexError):
-            return False
+
+def _same(holders: list[Any], keys: list[Any], values: list[Any]) -> bool:
+    try:
+        return all(map(is_, map(getitem, holders, keys), values))
+    except (KeyError, IndexError):
+        return False
+
+
+def _is_trained(holder: Any, key: Any, value: Any) -> bool:
+    return (
+        isinstance(value, mx.array)
+        and isinstance(holder, nn.Module)
+        and key not in holder._no_grad
+        and mx.issubdtype(value.dtype, mx.inexact)
+    )
 
 
 def _entries(holder: Any, seen: set[int]) -> Iterator[tuple[Any, Any, Any]]:

@@ -73,7 +73,7 @@ def _gated_node(
         up.width, first.stored, up.stored, gate.activation, chosen[0].size, up.rows, norm.eps
     )
     inputs = (norm.x, chosen[0], *norm.weight, *first.weight, *up.weight)
-    return Node("FusedExpertGatedProduct", inputs, (down.x,), (operation,))
+    return Node("FusedExpertGatedProduct", inputs, (origin(graph, down.x),), (operation,))
 
 
 def _down_nodes(graph: Graph, down: Product) -> list[Node]:
@@ -86,7 +86,7 @@ def _down_nodes(graph: Graph, down: Product) -> list[Node]:
     indices = origin(graph, down.experts)
     if total is None:
         operation = ExpertProducts(down.width, down.stored, count, down.result.shape)
-        inputs = (down.x, indices, *down.weight)
+        inputs = (origin(graph, down.x), indices, *down.weight)
         return [Node("FusedExpertProducts", inputs, (down.result,), (operation,))]
     extra = [value for value in (total.shared, total.residual) if value is not None]
     combination = ExpertCombination(
@@ -98,7 +98,7 @@ def _down_nodes(graph: Graph, down: Product) -> list[Node]:
         total.shared is not None,
         total.residual is not None,
     )
-    inputs = (down.x, indices, total.scores, *down.weight, *extra)
+    inputs = (origin(graph, down.x), indices, total.scores, *down.weight, *extra)
     return [Node("FusedExpertCombination", inputs, (total.result,), (combination,))]
 
 
