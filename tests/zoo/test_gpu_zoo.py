@@ -23,7 +23,12 @@ from zoo.gains import table
 from zmlx.kernels.spec import KernelSpec
 from zmlx.patch import patch, unpatch
 
-RUNNABLE = [name for name in runnable() if name not in FAILURES]
+#: Types whose stock forward fails here on the CPU, whatever is replaced.
+RUNNABLE = [
+    name
+    for name in runnable()
+    if not any("alone" in f.runs and not f.dtype for f in FAILURES.get(name, ()))
+]
 #: In batches of several: one for each kind of block, activation and input.
 SEVERAL = [
     name
