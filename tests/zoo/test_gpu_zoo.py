@@ -16,23 +16,25 @@ from gpu_path import BACKENDS, on_gpu
 from mlx_lm.models.cache import make_prompt_cache
 from upstream import newest_only
 from zoo.build import FORMS, made, reference
-from zoo.compare import Logits, alone, judge, run
+from zoo.compare import Logits, judge, run
 from zoo.configs import FAILURES, NARROW, runnable
 from zoo.gains import table
 
 from zmlx.kernels.spec import KernelSpec
 from zmlx.patch import patch, unpatch
 
-RUNNABLE = [name for name in runnable() if name not in FAILURES]
-#: One for each way of routing, each activation and each kind of block.
+#: Types whose stock forward fails here on the CPU, whatever is replaced.
+RUNNABLE = [
+    name
+    for name in runnable()
+    if not any("alone" in f.runs and not f.dtype for f in FAILURES.get(name, ()))
+]
+#: In batches of several: one for each kind of block, activation and input.
 SEVERAL = [
     name
-    for name in (
-        "qwen3_moe", "lfm2_moe", "gpt_oss", "gemma4_text", "nemotron_h", "deepseek_v3",
-        "longcat_flash", "llama4", "phimoe", "mixtral", "Klear", "llama", "gemma2",
-    )
+    for name in ("qwen3_moe", "gpt_oss", "nemotron_h", "longcat_flash", "llama4", "gemma2")
     if name in RUNNABLE
-]  # fmt: skip
+]
 
 
 def batch(rows: int):
@@ -51,6 +53,9 @@ def batch(rows: int):
     return batched
 
 
+one = batch(1)
+
+
 def truth_of(name: str, model: nn.Module) -> nn.Module:
     return reference(model, mx.float32 if name in NARROW else mx.float64)
 
@@ -58,22 +63,22 @@ def truth_of(name: str, model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_patched_for_a_gpu_is_no_further_from_the_truth(name: str) -> None:
     model = made(name, "float32-4bit")
-    truth, stock = truth_of(name, model), run(alone, model)
+    truth, stock = truth_of(name, model), run(one, model)
     before = {path: type(module) for path, module in model.named_modules()}
     with on_gpu() as calls:
         patch(model, exclude=["decode_step"])
         counts = model._zmlx_patch_result.pattern_counts
         calls.clear()
-        patched = run(alone, model)
+        patched = run(one, model)
         unpatch(model)
     assert bool(calls) == bool(counts), counts  # what is replaced calls a kernel
     assert set(counts) <= {"moe_mlp", "swiglu_mlp", "geglu_mlp"}
-    assert judge(alone, truth, stock, patched).complaints() == []
+    assert judge(one, truth, stock, patched).complaints() == []
     assert {path: type(module) for path, module in model.named_modules()} == before
-    assert np.array_equal(run(alone, model).logits, stock.logits)
+    assert np.array_equal(run(one, model).logits, stock.logits)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("rows", [3, 5])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_odd_batches(name: str, rows: int) -> None:
     function = batch(rows)
@@ -91,13 +96,13 @@ def test_odd_batches(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "gemma2"])
 def test_other_forms(name: str, form: str) -> None:
     model = made(name, form)
-    truth, stock = truth_of(name, model), run(alone, model)
+    truth, stock = truth_of(name, model), run(one, model)
     with on_gpu() as calls:
         patch(model, exclude=["decode_step"])
         calls.clear()
-        patched = run(alone, model)
+        patched = run(one, model)
     assert calls
-    assert judge(alone, truth, stock, patched).complaints() == []
+    assert judge(one, truth, stock, patched).complaints() == []
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_a_kernel_that_is_five_per_cent_off_is_noticed(
     monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
 ) -> None:
     model = made(name, "float32-4bit")
-    truth, stock = truth_of(name, model), run(alone, model)
+    truth, stock = truth_of(name, model), run(one, model)
     with on_gpu():
         patch(model, exclude=["decode_step"])
         unpatch(model)  # probed; now it breaks
@@ -127,8 +132,8 @@ def test_a_kernel_that_is_five_per_cent_off_is_noticed(
 
         monkeypatch.setattr(KernelSpec, "implementation", wrong)
         monkeypatch.setattr("zmlx.patch.pattern._GENERATED", {})
-        patched = run(alone, patch(model, exclude=["decode_step"]))
-    assert judge(alone, truth, stock, patched).complaints()
+        patched = run(one, patch(model, exclude=["decode_step"]))
+    assert judge(one, truth, stock, patched).complaints()
 
 
 @newest_only

@@ -34,12 +34,12 @@ Packing = tuple[str, int, int]
 
 def few_rows(x: mx.array, *_: Part) -> bool:
     """Return whether the kernels take vectors x (..., K): there are few, of a dtype they know."""
-    return 0 < x.size <= MOST_ROWS * x.shape[-1] and x.dtype in FLOATS
+    return x.size <= MOST_ROWS * x.shape[-1] and x.dtype in FLOATS
 
 
 def few_chosen(x: mx.array, indices: mx.array, *_: Part) -> bool:
     """Return the same of vectors for which experts are chosen."""
-    return 0 < indices.size <= MOST_CHOSEN and x.dtype in FLOATS
+    return indices.size <= MOST_CHOSEN and x.dtype in FLOATS
 
 
 def _weight(parts: Sequence[Any], packing: Packing) -> Weight:
