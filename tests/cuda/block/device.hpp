@@ -1,5 +1,6 @@
 // CUDA C++ on a CPU, as far as the kernels written by hand need it: a block of threads is so many
-// fibers, which run one at a time from one meeting to the next, in an order that changes.
+// fibers, which run one at a time from one meeting to the next, in an order that changes. What blocks
+// share keeps what the one before left in it.
 #pragma once
 
 #include <algorithm>
@@ -122,6 +123,7 @@ inline void run(int count, dim3 index, unsigned seed) {
   warps = std::vector<Warp>(count / 32);
   for (Meeting& barrier : barriers) barrier = Meeting();
   constexpr size_t STACK = 256 << 10;
+  int stuck = 0;
   for (int i = 0; i < count; ++i) {
     Thread& thread = threads[i];
     thread.stack.reset(new char[STACK]);
@@ -131,19 +133,26 @@ inline void run(int count, dim3 index, unsigned seed) {
     thread.context.uc_stack.ss_size = STACK;
     makecontext(&thread.context, start, 0);
   }
+  // A warp runs as far as it can before another does: whoever does not wait is far ahead then.
   for (int left = count; left;) {
     bool moved = false;
     seed = seed * 1664525u + 1013904223u;
-    unsigned first = seed >> 8, step = seed & 128 ? 1 : count - 1;
-    for (int i = 0; i < count; ++i) {
-      current = &threads[(first + i * step) % count];
-      if (current->done || (current->waits && current->waits->round == current->round)) continue;
-      current->waits = nullptr;
-      swapcontext(&scheduler, &current->context);
-      left -= current->done;
-      moved = true;
+    const int warp = (seed >> 8) % warps.size();
+    for (bool again = true; again;) {
+      again = false;
+      seed = seed * 1664525u + 1013904223u;
+      const int first = seed >> 8 & 31, step = seed >> 13 & 1 ? 1 : 31;
+      for (int i = 0; i < 32; ++i) {
+        current = &threads[warp * 32 + (first + i * step) % 32];
+        if (current->done || (current->waits && current->waits->round == current->round)) continue;
+        current->waits = nullptr;
+        swapcontext(&scheduler, &current->context);
+        left -= current->done;
+        again = moved = true;
+      }
     }
-    if (left && !moved) fail("threads wait for others that never come", "a meeting");
+    stuck = moved ? 0 : stuck + 1;
+    if (stuck > 1000 * int(warps.size())) fail("threads wait for others that never come", "a meeting");
   }
 }
 

@@ -555,7 +555,10 @@ __device__ __forceinline__ void products(const X* x, const X* norm, float eps, F
   const int chunk = part % Z::PER * Z::MINE, unit = part * Z::MINE;  // the first of this warp's
   const int term = launch * Q::TERMS + part / Z::PER;
   const unsigned expert = Z::ALIKE ? 0 : unsigned(indices[Q::TERMS ? term : launch]);
-  const size_t row = Z::ALIKE ? launch * Q::TOKENS : Q::TERMS ? term : Q::OWN ? launch : launch / Q::CHOSEN;
+  const size_t row = Z::ALIKE   ? launch * Q::TOKENS
+                     : Q::TERMS ? term
+                     : Q::OWN   ? launch
+                                : launch / (Q::CHOSEN ? Q::CHOSEN : 1);
 
   Stage<Q, X> stage(x, norm, row, chunk, unit);
   Place<Q, S> place;
