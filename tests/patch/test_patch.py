@@ -482,15 +482,37 @@ def test_without_the_native_library_stock_stays_and_the_report_says_why(
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="Metal is here, and its kernels run")
-def test_other_backends_say_that_they_have_no_kernel(make_llama, monkeypatch):
-    """Embeddings have none for Metal; products have one, whose probe fails without Metal."""
+def test_other_backends_say_what_they_have_no_kernel_for(make_llama, tokens, monkeypatch):
+    """Embeddings have none for Metal; products have one, whose probe fails without Metal.
+
+    Steps are recorded on every GPU: their attention runs in the emulator where there is none.
+    """
     monkeypatch.setattr(patching.backend, "current", lambda: "metal")
     model = make_llama()
+    stock = model(tokens)
     patch(model)
-    assert model._zmlx_patch_result.patched_count == 0
+    assert model._zmlx_patch_result.pattern_counts == {"decode_step": 1}
+    assert mx.array_equal(model(tokens), stock)
+    [step] = [c for c in model._zmlx_patch_result.candidates if c.chosen]
+    assert (step.path, step.contract) == ("model", "tighter")
+    assert step.reason == "the 2 layers of a step of one token, recorded"
     without, failed = sorted(reasons(model, "quantized_linear"))
     assert without == "no kernel for metal yet"
     assert failed.startswith("quantized_matmul failed its probe")
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="Metal is here, and its kernels run")
+def test_steps_are_not_recorded_when_their_attention_fails_its_probe(
+    make_llama, monkeypatch, fresh_kernels
+):
+    def broken(*_, **__):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(patching.backend, "current", lambda: "cuda")
+    monkeypatch.setattr("zmlx.kernels.decode_attention_probe.decode_attention", broken)
+    model = patch(make_llama())
+    assert model._zmlx_patch_result.patched_count == 0
+    assert reasons(model, "decode_step") == {"decode_attention failed its probe: no such device"}
 
 
 # Failures

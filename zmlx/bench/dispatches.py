@@ -116,8 +116,9 @@ def recorded(model: nn.Module, context: int = CONTEXT) -> Recorded | None:
     """
     import mlx.core as mx  # noqa: PLC0415
 
+    from zmlx.graph.caches import Layout, ProgramRefused  # noqa: PLC0415
     from zmlx.graph.compiled import fused, trace_compiled  # noqa: PLC0415
-    from zmlx.graph.program import Layout, ProgramRefused, traced_step  # noqa: PLC0415
+    from zmlx.graph.program import traced_step  # noqa: PLC0415
     from zmlx.graph.step import Step  # noqa: PLC0415
     from zmlx.graph.trace import TraceError  # noqa: PLC0415
     from zmlx.patch.pattern import PatchConfig, Proposal, patterns  # noqa: PLC0415

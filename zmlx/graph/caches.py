@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from zmlx.graph.lending import Kind, buffers, is_lent, kind_of, place
+from zmlx.graph.lending import Kind, buffers, is_lent, kind_of, place, rows_for
 
 
 class ProgramRefused(Exception):
@@ -179,8 +179,9 @@ def _made(cls: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _capacity(kind: Kind, position: int) -> int:
+    """Return how many rows a lent buffer has at a position: kernels are made for that."""
     _, most, _ = kind
-    return min(most, position + 3) if most else position + 3
+    return rows_for(position, most or None)
 
 
 def _form(array: mx.array | None, kind: Kind | None) -> tuple[tuple[int, ...], mx.Dtype]:

@@ -237,11 +237,16 @@ def _with_room(cache: Any, array: mx.array) -> mx.array:
         trim: Callable[[int, mx.array], mx.array] = cache._trim
         array = trim(surplus, array) if surplus > 0 else array
         length = min(length, most)
-    wanted = -(-(length + 1) // ROOM) * ROOM
-    wanted = wanted if most is None else min(wanted, most)
+    wanted = rows_for(length, most)
     batch, heads, _, dim = array.shape
     room = mx.zeros((batch, heads, wanted - length, dim), array.dtype)
     return mx.concatenate([array[..., :length, :], room], axis=2)
+
+
+def rows_for(length: int, most: int | None) -> int:
+    """Return how many rows a buffer has that holds some tokens and has room for another one."""
+    rows = -(-(length + 1) // ROOM) * ROOM
+    return rows if most is None else min(rows, most)
 
 
 def _track(cache: KVCache | RotatingKVCache) -> Track:

@@ -25,6 +25,7 @@ from zmlx.graph.caches import Layout, ProgramRefused, held_arrays, is_plain, lea
 from zmlx.graph.lending import Chain, Kind, advance, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import FUSED, emit
+from zmlx.graph.probing import WrongResult, probe
 from zmlx.graph.rewrite.attention import Fused, Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
 from zmlx.graph.rewrite.experts import fuse_experts
@@ -63,6 +64,7 @@ def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) ->
         ProgramRefused: more than caches and numbers depends on the position, or the caches are not
             used as the program would.
         TraceError: it cannot be traced.
+        WrongResult: a kernel does not compute what the model does.
     """
     first, *others = (_at(forward, layout, dtype, position) for position in layout.positions())
     for other in others:
@@ -70,6 +72,7 @@ def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) ->
         if unlike is not None:
             raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
     graph = fuse_products(fuse_experts(first.graph))
+    probe(first.graph, graph)
     return Traced(settled(fuse_small(fold_constants(graph))), first.kinds)
 
 
@@ -93,6 +96,9 @@ def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Tra
             raise ProgramRefused(f"an array of a cache becomes {after.shape} from {before.shape}")
     fused = fuse_attention(graph, position, places, Value(hidden.shape, hidden.dtype, "after"))
     _check_writes(fused, places)
+    if position == layout.positions()[0]:
+        states = {place.state: mx.array(place.numbers, mx.int32) for place in places.values()}
+        probe(graph, fused.graph, states, fused.written)
     return Traced(fused.graph, tuple(dict.fromkeys(filter(None, layout.kinds))))
 
 
@@ -127,7 +133,8 @@ def _places(graph: Graph, layout: Layout, position: int) -> dict[Value, Place]:
         if kind is not None:
             state = states.setdefault(kind, Value((3,), mx.int32, "state"))
             length = min(position + 1, kind[1]) if kind[1] else position + 1
-            places.update((value, Place(place(cache), length, state)) for value in held)
+            here = Place(place(cache), length, position, state)
+            places.update(dict.fromkeys(held, here))
     return places
 
 
@@ -167,6 +174,7 @@ class DecodeProgram:
         chain = chain or self.chain(caches)
         states = [chain.state(each[at]) for at in self._examples]
         held = held_arrays([each[at] for at in self._used]) if self._plain else chain.arrays
+        assert chain.after is not None, "a chain begins with an array"
         chain.after, *rest = self._replay(tokens, *held, *states, chain.after)
         for at in self._lent:
             advance(each[at])
@@ -233,10 +241,6 @@ class _Build:
             self._addresses = Addresses(self._graph.constants.values())
         with in_force(self._addresses):
             return _run(self._graph, *arrays)
-
-
-class WrongResult(RuntimeError):
-    """A program does not compute what the model does."""
 
 
 def _evaluated(result: mx.array) -> mx.array:

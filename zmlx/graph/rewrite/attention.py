@@ -63,12 +63,19 @@ class Place:
     Attributes:
         write: its row.
         length: rows that hold tokens, then.
+        position: of the token.
         state: int32 (3,), what `decode_attention` takes in their place.
     """
 
     write: int
     length: int
+    position: int
     state: Value
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """What the state holds."""
+        return self.write, self.length, self.position
 
 
 def fuse_attention(

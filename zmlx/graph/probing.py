@@ -1,0 +1,109 @@
+"""Try fused operations of a graph on random numbers before a program relies on them.
+
+A result that is wrong in one of many layers hides behind the residuals of the others. So each kind
+of fused operation is compared by itself with what the graph did in its place: the same weights and
+formats, on inputs of ordinary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from zmlx.backend.outputs import together
+from zmlx.graph.nodes import Graph, Node, Value
+from zmlx.graph.operations import FUSED, emit
+from zmlx.graph.trace import in_order
+
+#: Largest deviation, relative, root mean square: stock sums 16-bit products in 16 bits, and those
+#: of float32 may be of fewer bits on a GPU.
+_DEVIATIONS = {mx.float32: 0.01, mx.float16: 0.05, mx.bfloat16: 0.05}
+
+
+class WrongResult(RuntimeError):
+    """A kernel does not compute what the model does."""
+
+
+def probe(
+    before: Graph,
+    after: Graph,
+    given: Mapping[Value, mx.array] | None = None,
+    written: Mapping[Value, Value] | None = None,
+) -> None:
+    """Compare the fused operations of a graph with what they stand for, each kind once.
+
+    Args:
+        before: the graph without them.
+        after: the graph with them; their inputs and outputs are values of `before`, but for what is
+            constant or given.
+        given: inputs that must not be random.
+        written: inputs that the operations write to -> values of `before` that they are then.
+
+    Raises:
+        WrongResult: a result is another one, or depends on more than what the operation reads.
+    """
+    known = {(node.op, node.arguments) for node in before.nodes if node.op.startswith(FUSED)}
+    for node in after.nodes:
+        if node.op.startswith(FUSED) and (node.op, node.arguments) not in known:
+            known.add((node.op, node.arguments))
+            _probe(before, after, node, given or {}, written or {})
+
+
+def _probe(
+    before: Graph,
+    after: Graph,
+    node: Node,
+    given: Mapping[Value, mx.array],
+    written: Mapping[Value, Value],
+) -> None:
+    experts = [after.constants[v].shape[0] for v in node.inputs if v in after.constants]
+    inputs: dict[Value, mx.array] = {}
+    for number, value in enumerate(node.inputs):
+        held = after.constants.get(value, given.get(value))
+        inputs[value] = _random(value, number, min(experts, default=1)) if held is None else held
+    changed = [value for value in node.inputs if value in written]
+    wanted = [*node.outputs, *(written[value] for value in changed)]
+    truths = _computed(before, inputs, wanted, node.op)
+    # Copies, for the others are read by what is compared.
+    arrays = [inputs[v] + 0 if v in written else inputs[v] for v in node.inputs]
+    mx.eval(truths, arrays)
+    results = list(together(node.arguments[0](*arrays)))
+    buffers = [array for v, array in zip(node.inputs, arrays, strict=True) if v in written]
+    if buffers:
+        results += mx.depends(buffers, results)
+    for result, truth in zip(results, truths, strict=True):
+        error = _error(result, truth)
+        if not error <= _DEVIATIONS.get(truth.dtype, 0.0):
+            raise WrongResult(
+                f"{node.op[len(FUSED) :]} differs from MLX's operations by {error:.2g}"
+            )
+
+
+def _random(value: Value, seed: int, experts: int) -> mx.array:
+    """Return numbers of ordinary size, or indices of experts, from a generator of their own."""
+    key = mx.random.key(seed)
+    if mx.issubdtype(value.dtype, mx.integer):
+        return mx.random.randint(0, experts, value.shape, key=key).astype(value.dtype)
+    return mx.random.normal(value.shape, key=key).astype(value.dtype)
+
+
+def _computed(
+    graph: Graph, inputs: Mapping[Value, mx.array], wanted: Sequence[Value], name: str
+) -> list[mx.array]:
+    held = {**graph.constants, **inputs}
+    producers = {value: node for value, node in graph.producers.items() if value not in inputs}
+    for node in in_order(producers, wanted):
+        missing = [value for value in node.inputs if value not in held]
+        if missing:
+            raise WrongResult(f"{name[len(FUSED) :]} does not read all that its result depends on")
+        held.update(zip(node.outputs, emit(node, [held[v] for v in node.inputs]), strict=True))
+    return [held[value] for value in wanted]
+
+
+def _error(result: mx.array, truth: mx.array) -> float:
+    if result.dtype != truth.dtype or result.size != truth.size:
+        return float("inf")
+    found, truth = (array.astype(mx.float32).reshape(-1) for array in (result, truth))
+    size = mx.maximum(mx.square(truth).mean(), 1e-30)
+    return float(mx.sqrt(mx.square(found - truth).mean() / size))
