@@ -6,6 +6,8 @@ of them. The probe gives it copies, and looks at what is in them afterwards.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from zmlx.kernels.decode_attention import decode_attention, decode_attention_reference
@@ -43,10 +45,12 @@ def _reference(
     *,
     scale: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    return decode_attention_reference(q, k, v, keys, values, _state(), **_options(norm, scale))
+    # On a GPU products in float32 may be of fewer bits.
+    with mx.stream(mx.cpu):
+        return decode_attention_reference(q, k, v, keys, values, _state(), **_options(norm, scale))
 
 
-def _options(norm: mx.array, scale: float) -> dict[str, object]:
+def _options(norm: mx.array, scale: float) -> dict[str, Any]:
     return {"scale": scale, "q_norm": norm, "k_norm": norm, "rope": Rope(norm.size)}
 
 

@@ -18,7 +18,7 @@ def settled(graph: Graph) -> Graph:
         node = Node(
             node.op, tuple(renamed.get(v, v) for v in node.inputs), node.outputs, node.arguments
         )
-        operation = node.arguments[0] if node.arguments else None
+        operation: Any = node.arguments[0] if node.arguments else None
         if not hasattr(operation, "makes"):
             nodes.append(node)
             continue
