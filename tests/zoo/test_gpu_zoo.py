@@ -7,6 +7,7 @@ its own.
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,9 +115,7 @@ def test_other_forms(name: str, form: str) -> None:
         ("llama", "quantized_glu"),
     ],
 )
-def test_a_kernel_that_is_five_per_cent_off_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
-) -> None:
+def test_a_kernel_that_is_five_per_cent_off_is_noticed(name: str, kernel: str) -> None:
     model = made(name, "float32-4bit")
     truth, stock = truth_of(name, model), run(one, model)
     with on_gpu():
@@ -130,9 +129,11 @@ def test_a_kernel_that_is_five_per_cent_off_is_noticed(
                 return function
             return lambda *args, **kwargs: function(*args, **kwargs) * 1.05
 
-        monkeypatch.setattr(KernelSpec, "implementation", wrong)
-        monkeypatch.setattr("zmlx.patch.pattern._GENERATED", {})
-        patched = run(one, patch(model, exclude=["decode_step"]))
+        with (
+            mock.patch.object(KernelSpec, "implementation", wrong),
+            mock.patch("zmlx.patch.pattern._GENERATED", {}),
+        ):
+            patched = run(one, patch(model, exclude=["decode_step"]))
     assert judge(one, truth, stock, patched).complaints()
 
 
