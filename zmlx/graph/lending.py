@@ -11,7 +11,8 @@ goes on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -47,22 +48,27 @@ class Track:
 class Chain:
     """What the caches of one model share.
 
+    It belongs to its caches: when they go, the buffers do.
+
     Attributes:
         after: an array that is there only when the step has run that was last put into the
             buffers; None before the first.
         tracks: where the next tokens go.
-        caches: those that share it, as long as all of them are lent.
+        caches: weak references to those that share it, as long as all of them are lent.
         arrays: their keys and values.
+        others: what the step left in caches of other arrays.
     """
 
     after: mx.array | None = None
     tracks: dict[Kind, Track] = field(default_factory=dict)
-    caches: tuple[Any, ...] = ()
+    caches: tuple[weakref.ref[Any], ...] = ()
     arrays: tuple[mx.array, ...] = ()
+    others: tuple[mx.array, ...] = ()
 
     def holds(self, caches: Sequence[Any]) -> bool:
         """Return whether these are the chain's caches, of one length, with room for a token."""
-        if len(caches) != len(self.caches) or not all(map(is_, caches, self.caches)):
+        mine = [reference() for reference in self.caches]
+        if len(caches) != len(mine) or not all(map(is_, caches, mine)):
             return False
         offset = caches[0].offset
         for cache in caches:
@@ -72,8 +78,7 @@ class Chain:
 
     def state(self, cache: KVCache | RotatingKVCache) -> mx.array:
         """Return write index, length and position, int32 (3,), of a cache's next token."""
-        kind = kind_of(cache)
-        assert kind is not None, "only caches of known kinds are lent"
+        kind = _lendable(cache)
         track = self.tracks.get(kind)
         row = -1 if track is None else cache.offset - track.base
         if track is None or not 0 <= row < ROOM or track.rows[row, 0] != place(cache):
@@ -94,14 +99,12 @@ class _Loan:
 class _Lent:
     """A cache whose buffers are with a program; reading them ends that."""
 
-    _zmlx_loan: _Loan
     _zmlx_class: type
-    offset: int
 
     def _returned(self) -> Any:
         """Make this an ordinary cache again."""
         loan = self.__dict__.pop("_zmlx_loan")
-        loan.chain.caches = ()
+        loan.chain.caches, loan.chain.arrays = (), ()
         keys, values = loan.keys, loan.values
         if loan.chain.after is not None:
             keys, values = mx.depends([keys, values], [loan.chain.after])
@@ -112,8 +115,7 @@ class _Lent:
     @property
     def keys(self) -> mx.array:
         """The keys, (1, heads, capacity, head dim)."""
-        found: mx.array = self._returned().keys
-        return found
+        return self._returned().keys  # type: ignore[no-any-return]
 
     @keys.setter
     def keys(self, value: mx.array | None) -> None:
@@ -122,8 +124,7 @@ class _Lent:
     @property
     def values(self) -> mx.array:
         """The values, (1, heads, capacity, value dim)."""
-        found: mx.array = self._returned().values
-        return found
+        return self._returned().values  # type: ignore[no-any-return]
 
     @values.setter
     def values(self, value: mx.array | None) -> None:
@@ -169,6 +170,12 @@ def kind_of(cache: Any) -> Kind | None:
     return (ordinary, cache.max_size, cache.keep) if ordinary is RotatingKVCache else None
 
 
+def _lendable(cache: Any) -> Kind:
+    kind = kind_of(cache)
+    assert kind is not None, f"a {type(cache).__name__} cannot be lent"
+    return kind
+
+
 def place(cache: KVCache | RotatingKVCache) -> int:
     """Return where a cache writes its next token."""
     if not isinstance(cache, RotatingKVCache) or cache.offset < cache.max_size:
@@ -205,11 +212,11 @@ def lend(caches: Sequence[Any]) -> Chain:
     for cache in caches:
         keys, values = (_with_room(cache, array) for array in (cache.keys, cache.values))
         if isinstance(cache, RotatingKVCache):
-            cache._idx = place(cache)
+            cache._idx = min(cache._idx, cache.max_size)  # as the cut leaves it
         del cache.keys, cache.values
         cache.__class__ = _LENT[type(cache)]
         cache.__dict__["_zmlx_loan"] = _Loan(keys, values, chain)
-    chain.caches = tuple(caches)
+    chain.caches = tuple(map(weakref.ref, caches))
     chain.arrays = tuple(array for cache in caches for array in buffers(cache))
     for cache in {kind_of(cache): cache for cache in caches}.values():
         chain.state(cache)
@@ -227,7 +234,7 @@ def _with_room(cache: Any, array: mx.array) -> mx.array:
         most = cache.max_size
         # A prompt leaves more than it may hold; the next token cuts the oldest, and starts over.
         surplus = array.shape[2] - most
-        trim: Any = cache._trim
+        trim: Callable[[int, mx.array], mx.array] = cache._trim
         array = trim(surplus, array) if surplus > 0 else array
         length = min(length, most)
     wanted = -(-(length + 1) // ROOM) * ROOM

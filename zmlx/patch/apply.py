@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.nn as nn
 
-from zmlx.patch.pattern import original_class, swap
+from zmlx.patch.pattern import put_back, swap
 from zmlx.patch.plan import Plan
 
 
@@ -27,10 +27,4 @@ def apply_plan(plan: Plan) -> None:
 
 def restore(model: nn.Module) -> int:
     """Give every replaced module of a model its own class again; return how many there were."""
-    count = 0
-    for _, module in model.named_modules():
-        original = original_class(module)
-        if original is not None:
-            module.__class__ = original
-            count += 1
-    return count
+    return sum(put_back(module) for _, module in model.named_modules())

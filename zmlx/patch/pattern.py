@@ -78,6 +78,9 @@ class PatchPattern(ABC):
 
     #: patterns with a lower order look at a model first; blocks come before the parts they hold
     order: int = 1
+    #: why it is used only where it is asked for by name, by a caller or in a profile's `include`;
+    #: empty for a pattern that is always tried
+    opt_in: str = ""
 
     @abstractmethod
     def name(self) -> str:
@@ -121,6 +124,10 @@ def patterns() -> dict[str, PatchPattern]:
     return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0])))
 
 
+#: Where a replaced module keeps what its class remembers: neither copied nor saved with the
+#: module, and gone with the class.
+STATE = "_zmlx_state"
+
 #: (class, pattern, key) -> the subclass that replaces it
 _GENERATED: dict[tuple[Any, ...], type] = {}
 
@@ -161,6 +168,16 @@ def as_library(module: nn.Module) -> Iterator[None]:
             m.__class__ = cls
 
 
+def put_back(module: nn.Module) -> bool:
+    """Give a module its own class again; return whether it was replaced."""
+    original = original_class(module)
+    if original is None:
+        return False
+    module.__class__ = original
+    vars(module).pop(STATE, None)
+    return True
+
+
 def original_class(module: nn.Module) -> type | None:
     """Return the class that a replaced module had before, or None for one that is not replaced."""
     return vars(type(module)).get("_zmlx_original")
@@ -183,7 +200,7 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     memo[id(self)] = duplicate
     for name, value in self.items():
         dict.__setitem__(duplicate, name, copy.deepcopy(value, memo))
-    duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    duplicate.__dict__.update(copy.deepcopy(_attributes(self), memo))
     duplicate.__class__ = type(self)
     return duplicate
 
@@ -191,4 +208,9 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Pickle a replaced module as the library's own, so that a reader needs no zmlx."""
     original = type(self)._zmlx_original
-    return dict.__new__, (original,), vars(self).copy(), None, iter(self.items())
+    return dict.__new__, (original,), _attributes(self), None, iter(self.items())
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a replaced module's attributes without what its class remembers."""
+    return {name: value for name, value in vars(module).items() if name != STATE}

@@ -67,7 +67,7 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
     proposals: dict[int, tuple[nn.Module, Proposal, str]] = {}
     modules = list(_modules(model))
     for pattern in request.patterns:
-        judge = _Judge(pattern.name(), family, policy, request)
+        judge = _Judge(pattern, family, policy, request)
         for position, (path, module, parent) in enumerate(modules):
             verdict = pattern.examine(module, path, parent, judge.config)
             if verdict is None:
@@ -87,14 +87,18 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
 class _Judge:
     """Accepts or refuses the verdicts of one pattern on one model."""
 
-    def __init__(self, pattern: str, family: Family, policy: Policy, request: Request) -> None:
-        options = dict(policy.options(pattern, family.name))
-        if pattern == "moe_mlp" and request.max_tokens is not None:
+    def __init__(
+        self, pattern: PatchPattern, family: Family, policy: Policy, request: Request
+    ) -> None:
+        name = pattern.name()
+        options = dict(policy.options(name, family.name))
+        if name == "moe_mlp" and request.max_tokens is not None:
             options["max_tokens"] = request.max_tokens
         self.config = PatchConfig(
             request.backend, options, policy.admits, request.threadgroup, request.verbose
         )
-        self._pattern, self._family, self._policy = pattern, family, policy
+        self._pattern, self._family, self._policy = name, family, policy
+        self._opt_in = pattern.opt_in
         self._backend, self._explicit = request.backend, request.explicit
 
     def __call__(self, verdict: Proposal | Refused) -> tuple[bool, str, str]:
@@ -115,12 +119,17 @@ class _Judge:
         return True, contract, verdict.note + override
 
     def _objection(self, contract: str) -> str | None:
-        """Return why the safety table or the profile keeps this pattern out, or None."""
+        """Return why the safety table, the profile or the pattern itself keeps it out, or None."""
         refusal = self._family.refusals.get(self._pattern)
         if refusal is not None and (not refusal.backends or self._backend in refusal.backends):
             return f"family {self._family.name} refuses it: {refusal.reason} ({refusal.evidence})"
         allowed, why = self._policy.allows(self._pattern, contract, self._family.name)
-        return None if allowed else why
+        if not allowed:
+            return why
+        named = self._policy.names(self._pattern, self._family.name)
+        if self._opt_in and not named:
+            return f"it is used only where it is asked for: {self._opt_in}"
+        return None
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:

@@ -98,7 +98,7 @@ def fuse_attention(
                 later.update(node.outputs)
         if not waits:
             later.update(node.outputs)
-    nodes += finder.rotations(states[0])
+    nodes += positions_read(graph, position, states[0])
     outputs = tuple(value for value in graph.outputs if value not in written.values())
     inputs = (*graph.inputs, *states, after)
     base = Graph(inputs, outputs, graph.constants, graph.nodes)
@@ -116,13 +116,13 @@ class _Finder:
     def fused(self, node: Node, after: Value | None) -> tuple[Node, tuple[_Write, _Write]] | None:
         """Return the fused node for an attention, and what it writes; None if it stays as it is."""
         q, k, v, *_ = node.inputs
-        if q.shape[0] != 1 or q.shape[2] != 1:
+        if q.shape[0] != 1 or q.shape[2] != 1 or q.dtype != node.outputs[0].dtype:
             return None
         arguments: Attention = node.arguments  # type: ignore[assignment]
         if arguments.has_mask:
             return self.over_latents(node, arguments, after) if k is v else None
         keys, values = self.write(k), self.write(v)
-        if keys is None or values is None:
+        if keys is None or values is None or keys.buffer is values.buffer:
             return None
         state = self.places[keys.buffer].state
         if self.places[values.buffer].state is not state:
@@ -166,11 +166,16 @@ class _Finder:
         if latents is None or found is None or sinks or k.shape[1] != 1:
             return None
         q_pe, rope_keys = found
+        state = self.places[latents.buffer].state
+        apart = rope_keys.buffer is not latents.buffer
+        one_key = rope_keys.new.shape[1] == 1 and q_pe.shape[:3] == q.shape[:3]
+        if not (apart and one_key and self.places[rope_keys.buffer].state is state):
+            return None
         query, key = self.heads(q_pe, rope_keys.new)
         if query.eps is not None:
             query, key = self.head(q_pe, normed=False), self.head(rope_keys.new, normed=False)
         latent = self.head(latents.new)
-        latent = self.head(latents.new, normed=False) if latent.rope is not None else latent
+        latent = _Head(origin(self.graph, latents.new)) if latent.rope is not None else latent
         operation = LatentAttention(
             heads=q.shape[1],
             latent_dim=q.shape[3],
@@ -181,10 +186,10 @@ class _Finder:
             rope=query.rope,
             has_after=after is not None,
         )
-        state = self.places[latents.buffer].state
         raw = (origin(self.graph, q), query.raw, latent.raw, key.raw)
-        extra = (value for value in (latent.norm, query.freqs, after) if value is not None)
-        inputs = (*raw, latents.buffer, rope_keys.buffer, state, *extra)
+        extra = (latent.norm, query.freqs, after)
+        given = tuple(value for value in extra if value is not None)
+        inputs = (*raw, latents.buffer, rope_keys.buffer, state, *given)
         return Node("FusedLatentAttention", inputs, node.outputs, (operation,)), (
             latents,
             rope_keys,
@@ -207,10 +212,8 @@ class _Finder:
             return None
         for q_pe, factor in (scaled.inputs, scaled.inputs[::-1]):
             number = graph.constants.get(repeated(graph, factor))
-            # A number in 16 bits is the scale as far as they go.
             if number is not None and number.size == 1:
-                close = abs(number.astype(mx.float32).item() / scale - 1) < 2.0**-8
-                return (q_pe, keys) if close else None
+                return (q_pe, keys) if _is_scale(number, scale) else None
         return None
 
     def write(self, value: Value) -> _Write | None:
@@ -229,7 +232,8 @@ class _Finder:
         kind, start, stop, strides = node.arguments
         buffer, new = node.inputs
         place = self.places.get(buffer)
-        if place is None or place.length != length or new.ndim != 4:
+        row = (*buffer.shape[:2], 1, *buffer.shape[3:])
+        if place is None or place.length != length or new.shape != row:
             return None
         end = (*buffer.shape[:2], place.write + 1, *buffer.shape[3:])
         plain = kind == 4 and all(step == 1 for step in strides)
@@ -258,28 +262,65 @@ class _Finder:
             node = graph.producers.get(raw)
         if normed and node is not None and node.op == "RMSNorm" and raw.shape[-1] == dim:
             norm: Norm = node.arguments  # type: ignore[assignment]
-            if norm.has_weight:
-                source = origin(graph, node.inputs[0])
+            source = origin(graph, node.inputs[0])
+            if norm.has_weight and source.dtype == value.dtype:
                 return _Head(source, node.inputs[1], norm.eps, rope, freqs)  # type: ignore[arg-type]
         return _Head(raw, None, None, rope, freqs)  # type: ignore[arg-type]
 
     def rotates(self, node: Node) -> bool:
-        """Return whether a node rotates by the position."""
-        return node.op == "RoPE" and self.is_position(node.inputs[1])
+        """Return whether a node rotates heads, all of them by the position."""
+        # Rows of one array have positions that follow on each other.
+        heads = node.op == "RoPE" and node.inputs[0].shape[-2] == 1
+        return heads and is_number(self.graph, node.inputs[1], self.position)
 
-    def is_position(self, value: Value) -> bool:
-        """Return whether a value is the position as a constant number."""
-        array = self.graph.constants.get(value)
-        whole = array is not None and array.size == 1 and mx.issubdtype(array.dtype, mx.integer)
-        return whole and array.item() == self.position  # type: ignore[union-attr]
 
-    def rotations(self, state: Value) -> list[Node]:
-        """Return every rotation by the position, with the one in `state`."""
-        where = Value((1,), state.dtype)
-        read = Node("Slice", (state,), (where,), ((2,), (3,), (1,)))
-        found = [
-            Node(node.op, (node.inputs[0], where, *node.inputs[2:]), node.outputs, node.arguments)
-            for node in self.graph.nodes
-            if self.rotates(node)
-        ]
-        return [read, *found] if found else []
+def is_number(graph: Graph, value: Value, number: int) -> bool:
+    """Return whether a value is a whole number as a constant."""
+    array = graph.constants.get(value)
+    if array is None or array.size != 1 or not mx.issubdtype(array.dtype, mx.integer):
+        return False
+    return bool(array.item() == number)
+
+
+def positions_read(graph: Graph, position: int, state: Value) -> list[Node]:
+    """Return every node that reads the position as a number, with the one in `state`.
+
+    A constant that is the position by chance is one in the trace of one position only.
+    """
+    where = Value((1,), state.dtype)
+    made = [Node("Slice", (state,), (where,), ((2,), (3,), (1,)))]
+    forms: dict[tuple[tuple[int, ...], mx.Dtype], Value] = {((1,), state.dtype): where}
+
+    def as_form(shape: tuple[int, ...], dtype: mx.Dtype) -> Value:
+        known = forms.get((shape, dtype))
+        if known is not None:
+            return known
+        value = forms[shape, dtype] = Value(shape, dtype)
+        if shape == (1,):
+            made.append(Node("AsType", (where,), (value,), (dtype,)))
+        else:
+            made.append(Node("Reshape", (as_form((1,), dtype),), (value,), (shape,)))
+        return value
+
+    found = []
+    for node in graph.nodes:
+        if node.op == "Arange" and node.outputs[0].size == 1 and node.arguments[0] == position:
+            value = node.outputs[0]
+            if mx.issubdtype(value.dtype, mx.integer):
+                source = as_form((1,), value.dtype)
+                found.append(Node("Reshape", (source,), (value,), ((1,),)))
+            continue
+        numbers = [is_number(graph, value, position) for value in node.inputs]
+        if any(numbers):
+            inputs = (
+                as_form((1,) if node.op == "RoPE" else value.shape, value.dtype) if here else value
+                for value, here in zip(node.inputs, numbers, strict=True)
+            )
+            found.append(Node(node.op, tuple(inputs), node.outputs, node.arguments))
+    return [*made, *found] if found else []
+
+
+def _is_scale(number: mx.array, scale: float) -> bool:
+    """Return whether a constant is the scale; in 16 bits as far as they go."""
+    error = 2.0**-8 if number.dtype.size == 2 else 1e-6
+    return abs(number.astype(mx.float32).item() - scale) <= error * abs(scale)

@@ -66,12 +66,14 @@ def _gated_node(
     one_row = x.size == up.width and origin(graph, first.x) is x
     if gate.gate is None or not one_row or any(choice is not chosen[0] for choice in chosen):
         return None
+    if first.rows != up.rows or not first.result.dtype == up.result.dtype == down.x.dtype:
+        return None
     norm = normed(graph, x)
     operation = ExpertGatedProduct(
         up.width, first.stored, up.stored, gate.activation, chosen[0].size, up.rows, norm.eps
     )
     inputs = (norm.x, chosen[0], *norm.weight, *first.weight, *up.weight)
-    return Node("FusedExpertGatedProduct", inputs, (down.x,), (operation,))
+    return Node("FusedExpertGatedProduct", inputs, (origin(graph, down.x),), (operation,))
 
 
 def _down_nodes(graph: Graph, down: Product) -> list[Node]:
@@ -84,7 +86,7 @@ def _down_nodes(graph: Graph, down: Product) -> list[Node]:
     indices = origin(graph, down.experts)
     if total is None:
         operation = ExpertProducts(down.width, down.stored, count, down.result.shape)
-        inputs = (down.x, indices, *down.weight)
+        inputs = (origin(graph, down.x), indices, *down.weight)
         return [Node("FusedExpertProducts", inputs, (down.result,), (operation,))]
     extra = [value for value in (total.shared, total.residual) if value is not None]
     combination = ExpertCombination(
@@ -96,7 +98,7 @@ def _down_nodes(graph: Graph, down: Product) -> list[Node]:
         total.shared is not None,
         total.residual is not None,
     )
-    inputs = (down.x, indices, total.scores, *down.weight, *extra)
+    inputs = (origin(graph, down.x), indices, total.scores, *down.weight, *extra)
     return [Node("FusedExpertCombination", inputs, (total.result,), (combination,))]
 
 
@@ -122,7 +124,9 @@ def _sum(graph: Graph, down: Product) -> _Sum | None:
     axis = value.ndim - 2
     weighted = node.outputs[0]
     node, value = sole_reader(graph, weighted)
-    if scores is None or node is None or node.op != "Reduce" or value.shape[axis] != count:
+    if scores is None or node is None or node.op != "Reduce" or value.ndim != axis + 2:
+        return None
+    if value.shape[axis:] != (count, down.rows):
         return None
     if tuple(node.arguments) != (_SUM, [axis]):
         return None

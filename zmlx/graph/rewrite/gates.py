@@ -28,10 +28,12 @@ _ELEMENTWISE = frozenset(
         "Erf", "Maximum", "Minimum", "Exp", "Select", "AsType",
     }
 )  # fmt: skip
+#: What cuts; it may do so outside of all numbers that an activation is computed on.
+_CUTS = frozenset({"Maximum", "Minimum", "Select"})
 #: Operations of an activation at most; more of them are another one.
 _LONGEST = 24
-#: Constants of 16-bit models are rounded to 16 bits; formulas differ by more.
-_TOLERANCE = 6e-3
+#: Largest deviation from a formula: constants of 16-bit models are rounded to 16 bits.
+_TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 6e-3}
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,21 @@ def gated(graph: Graph, result: Value, products: Sequence[Value]) -> Gated | Non
         return None
     nodes, leaves = region
     kinds = {node.op for node in nodes}
-    if len(leaves) == 1:
-        squared = kinds & {"Square", "Multiply", "Power"} and "Maximum" in kinds
-        square = _computed(graph, nodes, result, {leaves[0]: _samples()[0]}) if squared else None
-        right = square is not None and _close(square, mx.maximum(_samples()[0], 0) ** 2)
+    gates, ups = _samples()
+    if len(leaves) == 1 and kinds & _CUTS == {"Maximum"}:
+        square = mx.maximum(gates, 0) ** 2
+        right = _is_close(graph, nodes, result, {leaves[0]: gates}, square)
         return Gated("relu2", None, leaves[0]) if right else None
     if len(leaves) != 2:
         return None
     for activation, (operation, formula) in _FORMULAS.items():
         if operation in kinds:
-            truth = formula(*_samples())
+            cuts = {"Maximum", "Minimum"} if activation == "clipped_swiglu" else frozenset()
+            if not kinds & _CUTS <= cuts:
+                return None
             for gate, up in (leaves, leaves[::-1]):
-                given = dict(zip((gate, up), _samples(), strict=True))
-                value = _computed(graph, nodes, result, given)
-                if value is not None and _close(value, truth):
+                given = {gate: gates, up: ups}
+                if _is_close(graph, nodes, result, given, formula(gates, ups)):
                     return Gated(activation, gate, up)
             return None
     return None
@@ -127,16 +130,28 @@ def _region(
 @cache
 def _samples() -> tuple[mx.array, mx.array]:
     """Return gates and ups to compute an activation on: every pair of some numbers."""
-    ones = [-30.0, -9.0, -7.5, -6.5, -3.0, -1.0, -0.3, 0.0, 0.2, 0.7, 1.5, 4.0, 6.9, 7.1, 8.0, 20.0]
-    numbers = mx.array(ones)
-    size = len(ones)
+    ones = [-9.0, -7.5, -6.5, -3.0, -1.0, -0.3, 0.0, 0.2, 0.7, 1.5, 4.0, 6.9, 7.1, 8.0]
+    numbers = mx.array([-100.0, -30.0, *ones, 20.0, 100.0])
+    size = numbers.size
     gates = mx.broadcast_to(numbers[:, None], (size, size)).reshape(-1)
     return gates, mx.broadcast_to(numbers, (size, size)).reshape(-1)
 
 
-def _close(value: mx.array, truth: mx.array) -> bool:
+def _is_close(
+    graph: Graph,
+    nodes: Sequence[Node],
+    result: Value,
+    given: dict[Value, mx.array],
+    truth: mx.array,
+) -> bool:
+    """Return whether a region computes a formula, as far as its dtypes go."""
+    value = _computed(graph, nodes, result, given)
+    if value is None:
+        return False
+    dtypes = {v.dtype for node in nodes for v in (*node.inputs, *node.outputs)}
+    tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     scale = mx.maximum(mx.abs(truth), 1.0)
-    return bool(mx.all(mx.abs(value - truth) <= _TOLERANCE * scale))
+    return bool(mx.all(mx.abs(value - truth) <= tolerance * scale))
 
 
 def _computed(

@@ -19,7 +19,7 @@ from zmlx.graph.rewrite.gates import gated
 from zmlx.graph.rewrite.norms import Normed, normed
 from zmlx.graph.rewrite.weights import Product, added, product, with_bias
 from zmlx.graph.rewriting import taken_over
-from zmlx.graph.views import origin
+from zmlx.graph.views import origin, repeated
 
 #: Weights that one launch takes.
 MOST_WEIGHTS = 4
@@ -59,14 +59,14 @@ def _gated_nodes(
             continue
         first, second = results[gate.gate], results[gate.up]
         same = origin(graph, first.x) is origin(graph, second.x)
-        if not same or first.rows != second.rows:
+        if not same or first.rows != second.rows or first.result.dtype != down.x.dtype:
             continue
         norm = normed(graph, first.x)
         operation = GatedProduct(
             first.width, first.stored, second.stored, gate.activation, first.rows, norm.eps
         )
         inputs = (norm.x, *norm.weight, *first.weight, *second.weight)
-        node = Node("FusedGatedProduct", inputs, (down.x,), (operation,))
+        node = Node("FusedGatedProduct", inputs, (origin(graph, down.x),), (operation,))
         yield node, (gate.gate, gate.up)
 
 
@@ -78,7 +78,7 @@ def _step(graph: Graph, found: Product) -> _Step:
     node, other = addition
     result = node.outputs[0]
     same = found.result.dtype == other.dtype == result.dtype and other.size == result.size
-    if not same or other in graph.constants or _is_product(graph, other):
+    if not same or repeated(graph, other) in graph.constants or _is_product(graph, other):
         return _Step(found)
     return _Step(replace(found, result=result), other)
 

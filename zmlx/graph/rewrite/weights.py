@@ -43,11 +43,23 @@ class Product:
 
 
 def product(graph: Graph, node: Node) -> Product | None:
-    """Return what a node multiplies, if it is a product with a constant weight, without a bias."""
+    """Return what a node multiplies, if it is a product with a constant weight.
+
+    Only where MLX adds a bias in the same operation it has one.
+    """
     made = _quantized(graph, node) or _dense(graph, node)
     if made is None or not all(value in graph.constants for value in made.weight):
         return None
     return made
+
+
+def _whole(graph: Graph, value: Value) -> Value | None:
+    """Return the array that a weight is, without the axes along which it is repeated.
+
+    None where what is left has other rows, because it was reshaped.
+    """
+    held = repeated(graph, value)
+    return held if value.shape[value.ndim - held.ndim :] == held.shape else None
 
 
 def _quantized(graph: Graph, node: Node) -> Product | None:
@@ -59,7 +71,9 @@ def _quantized(graph: Graph, node: Node) -> Product | None:
     if not transposed or len(rest) != (2 if node.op == "GatherQMM" else 0):
         return None
     stored = Stored(MODES[mode], group_size, bits)
-    held = tuple(repeated(graph, value) for value in weight)
+    held = tuple(whole for value in weight if (whole := _whole(graph, value)) is not None)
+    if len(held) != parts:
+        return None
     lhs, rhs = rest or (None, None)
     heads = held[0].shape[0] if rhs is None and held[0].ndim == 3 else 0
     if rhs is None and held[0].ndim > 2 and (x.ndim < 3 or x.shape[-3:-1] != (heads, 1)):
@@ -70,7 +84,7 @@ def _quantized(graph: Graph, node: Node) -> Product | None:
 
 
 def _dense(graph: Graph, node: Node) -> Product | None:
-    if node.op not in ("Matmul", "GatherMM"):
+    if node.op not in ("Matmul", "GatherMM", "AddMM"):
         return None
     x, turned, *rest = node.inputs
     swap = graph.producers.get(turned)
@@ -79,12 +93,17 @@ def _dense(graph: Graph, node: Node) -> Product | None:
     axes = list(swap.arguments[0])
     if axes[-2:] != [len(axes) - 1, len(axes) - 2] or axes[:-2] != list(range(len(axes) - 2)):
         return None
-    weight = repeated(graph, swap.inputs[0])
-    lhs, rhs = rest or (None, None)
-    if rhs is None and weight.ndim != 2:
+    weight = _whole(graph, swap.inputs[0])
+    lhs, rhs = rest if node.op == "GatherMM" else (None, None)
+    if weight is None or weight.ndim != (2 if rhs is None else 3):
         return None
     stored = Stored("dense", 0, 0)
-    return Product(x, x.shape[-1], turned.shape[-1], stored, (weight,), node.outputs[0], rhs, lhs)
+    made = Product(x, x.shape[-1], turned.shape[-1], stored, (weight,), node.outputs[0], rhs, lhs)
+    if node.op != "AddMM":
+        return made
+    bias = repeated(graph, rest[0])
+    fits = tuple(node.arguments) == (1.0, 1.0) and bias.shape == (made.rows,)
+    return made.biased(bias, node.outputs[0]) if fits else None
 
 
 def added(graph: Graph, result: Value) -> tuple[Node, Value] | None:
@@ -100,9 +119,11 @@ def added(graph: Graph, result: Value) -> tuple[Node, Value] | None:
 def with_bias(graph: Graph, found: Product) -> Product:
     """Return a product with the constant vector that is added to it, if one is."""
     step = added(graph, found.result)
-    if step is None:
+    if step is None or found.stored.has_bias:
         return found
     node, other = step
+    if node.outputs[0].dtype != found.result.dtype:
+        return found
     bias = repeated(graph, other)
     if found.experts is None:
         fits = bias in graph.constants and bias.shape == (found.rows,)

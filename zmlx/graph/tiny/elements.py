@@ -390,7 +390,7 @@ def _turned(writer: Writer, node: Node, at: _At, place: Index) -> str:
 
 def _angle(writer: Writer, node: Node, at: _At, pair: Index) -> str:
     _, offset, *freqs = node.inputs
-    dims, _, base, scale = node.arguments
+    dims, _, base, scale, *_ = node.arguments
     batch = (at[0],) if offset.size > 1 else (Index(),) * len(offset.shape)
     start = writer.element(offset, batch)
     position = f"float(int({start}) + int({at[-2].text}))"

@@ -25,16 +25,22 @@ from zmlx.graph.stepping import Steps
 from zmlx.kernels.decode_attention_probe import DECODE_ATTENTION
 from zmlx.kernels.program import PROGRAM
 from zmlx.patch.forward import ForwardRefused, own_forward
-from zmlx.patch.pattern import KernelUse, PatchConfig, PatchPattern, Proposal, Refused, as_library
-from zmlx_autopatch import speech
+from zmlx.patch.pattern import (
+    STATE,
+    KernelUse,
+    PatchConfig,
+    PatchPattern,
+    Proposal,
+    Refused,
+    as_library,
+)
+from zmlx_autopatch import speech, variables
 
 OPTIONS: dict[str, str] = {
     # tokens in one call above which the graph stays as it is: the operations are long then
     "max_tokens": "int",
 }
 _MAX_TOKENS = 32
-#: Where a replaced module keeps its programs.
-_STEPS = "_zmlx_steps"
 
 
 def cache_arrays(holder: Any) -> Iterator[mx.array]:
@@ -74,13 +80,13 @@ class DecodeStep(PatchPattern):
             forward = own_forward(type(module))
         except ForwardRefused:
             return None
-        parameters = list(inspect.signature(forward.function).parameters)
+        parameters = inspect.signature(forward.function).parameters
         if "cache" not in parameters:
             return None
-        at = parameters.index("cache") - 1  # without self
+        at = list(parameters).index("cache") - 1  # without self
         count = max(map(len, layers))
         if config.backend != "cpu":
-            return _recorded(config, at, count)
+            return _recorded(config, list(parameters.values())[1:], count)
         limit = int(config.options.get("max_tokens", _MAX_TOKENS))
         uses = tuple(KernelUse(PROGRAM, {"dtype": d}) for d in (mx.float32, mx.bfloat16))
         return Proposal(
@@ -106,51 +112,75 @@ def _forward(base: type, backend: str, at: int, limit: int) -> Callable[..., Any
     return __call__
 
 
-def _recorded(config: PatchConfig, at: int, count: int) -> Proposal | Refused:
+def _recorded(
+    config: PatchConfig, parameters: list[inspect.Parameter], count: int
+) -> Proposal | Refused:
     """Return what replays steps on a GPU."""
-    if at < 1:
-        return Refused("its forward takes the cache before the tokens")
+    kinds = inspect.Parameter
+    names = tuple(p.name for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD)
+    if not names or names[0] == "cache":
+        return Refused("its forward does not take the tokens first")
+    if any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
+        return Refused("its forward takes arguments that have no name")
+    needed = tuple(
+        p.name
+        for p in parameters[1:]
+        if p.default is p.empty and p.kind is not kinds.VAR_KEYWORD and p.name != "cache"
+    )
     uses = tuple(
         KernelUse(DECODE_ATTENTION, {"head_dim": 64, "dtype": dtype})
         for dtype in (mx.float32, mx.bfloat16)
     )
     return Proposal(
-        (config.backend, at),
-        lambda base: {"__call__": _replaying(base, at)},
+        (config.backend, names, needed),
+        lambda base: {"__call__": _replaying(base, names, needed)},
         uses,
         f"the {count} layers of a step of one token, recorded",
     )
 
 
-def _replaying(base: type, at: int) -> Callable[..., Any]:
-    stock = base.__call__
+def _replaying(base: type, names: tuple[str, ...], needed: tuple[str, ...]) -> Callable[..., Any]:
+    """Return a forward that replays steps.
 
-    def forward(module: nn.Module, tokens: mx.array, caches: list[Any]) -> mx.array:
+    Args:
+        base: the library's class.
+        names: of its forward's arguments in their order: first the tokens, then others.
+        needed: those of the others that have no default; None is given for them.
+    """
+    stock = base.__call__
+    absent = dict.fromkeys(needed)
+
+    def forward(module: nn.Module, tokens: mx.array, caches: list[Any]) -> Any:
         with as_library(module):
-            return stock(module, tokens, cache=caches)  # type: ignore[no-any-return]
+            return stock(module, tokens, cache=caches, **absent)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs["cache"] if "cache" in kwargs else args[at] if len(args) > at else None
-        tokens = args[0] if args else None
-        steps = self.__dict__.get(_STEPS)
+        given = dict(zip(names, args, strict=False), **kwargs)
+        tokens, cache = given.pop(names[0], None), given.pop("cache", None)
+        steps: Steps | None = self.__dict__.get(STATE)
         if (
             not isinstance(cache, list)
             or not isinstance(tokens, mx.array)
             or tokens.shape != (1, 1)
             or self._training
-            or any(value is not None for value in args[1:at] + args[at + 1 :])
-            or any(value is not None for name, value in kwargs.items() if name != "cache")
+            or any(value is not None for value in given.values())
         ):
             if steps is not None:
                 steps.forget()
             return stock(self, *args, **kwargs)
         if steps is None:
-            steps = Steps(self, forward, lambda reason: speech.say(f"zmlx: {reason}"))
-            self.__dict__[_STEPS] = steps
+            steps = self.__dict__[STATE] = Steps(self, forward, _tell)
         out = steps(tokens, cache)
         return stock(self, *args, **kwargs) if out is None else out
 
     return __call__
+
+
+def _tell(reason: str, failure: Exception | None) -> None:
+    """Say why steps keep the model's own forward; a failure is raised under ZMLX_STRICT=1."""
+    if failure is not None and variables.text("ZMLX_STRICT") == "1":
+        raise failure
+    speech.say(f"zmlx: decode steps keep the model's own forward: {reason}")
 
 
 PATTERN = DecodeStep()
