@@ -272,7 +272,7 @@ struct Stage {
                        WORKERS = Z::LOCAL ? 32 : Z::THREADS, EACH = (COUNT + WORKERS - 1) / WORKERS,
                        TOGETHER = least(Z::CHUNK, Z::GROUP) / 8;  // threads that share a group
   uint4 raw[Q::TOKENS][EACH];
-  uint4 norms[EACH];
+  uint4 norms[1][EACH];
   const int first_chunk, first_unit, worker;
 
   __device__ __forceinline__ static uint4 read8(const X* x, bool aligned) {
@@ -295,25 +295,29 @@ struct Stage {
   __device__ __forceinline__ Stage(const X* x, const X* norm, size_t row, int chunk, int unit)
       : first_chunk(Z::LOCAL ? chunk : 0), first_unit(Z::LOCAL ? unit : 0),
         worker(Z::LOCAL ? threadIdx.x % 32 : threadIdx.x) {
-    x += row * Q::K;
-    size_t address = reinterpret_cast<size_t>(x) | (Q::NORM ? reinterpret_cast<size_t>(norm) : 0);
-    if (__builtin_expect(address % 16 == 0, 1)) {
-      ask(x, norm, row, [](const X* from) { return read(reinterpret_cast<const uint4*>(from)); });
+    ask(x + row * Q::K, row, raw);
+    if constexpr (Q::NORM > 0) ask(norm, 0, norms);
+  }
+  // Ask for the pieces of some vectors, the first of which is number `row`.
+  template <int VECTORS>
+  __device__ __forceinline__ void ask(const X* from, size_t row, uint4 (&to)[VECTORS][EACH]) {
+    if (__builtin_expect(reinterpret_cast<size_t>(from) % 16 == 0, 1)) {
+      ask(from, row, to, [](const X* at) { return read(reinterpret_cast<const uint4*>(at)); });
     } else {
-      ask(x, norm, row, slowly);
+      ask(from, row, to, slowly);
     }
   }
-  template <typename F>
-  __device__ __forceinline__ void ask(const X* x, const X* norm, size_t row, F read8) {
+  template <int VECTORS, typename F>
+  __device__ __forceinline__ void ask(const X* from, size_t row, uint4 (&to)[VECTORS][EACH],
+                                      F read8) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       int column;
       bool any = at(i, column);
-      if (Q::NORM) norms[i] = any ? read8(norm + column) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-      for (int t = 0; t < Q::TOKENS; ++t) {
+      for (int t = 0; t < VECTORS; ++t) {
         bool there = any && (!t || Q::ALL % Q::TOKENS == 0 || row + t < Q::ALL);
-        raw[t][i] = there ? read8(x + t * Q::K + column) : make_uint4(0, 0, 0, 0);
+        to[t][i] = there ? read8(from + t * Q::K + column) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -367,7 +371,7 @@ struct Stage {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           unsigned two = rounded2(v[2 * j] * factor, v[2 * j + 1] * factor, X());
-          to[j] = fma2(two, part(norms[i], j), Constants<X>::MINUS_ZERO, X());
+          to[j] = fma2(two, part(norms[0][i], j), Constants<X>::MINUS_ZERO, X());
         }
         raw[t][i] = make_uint4(to[0], to[1], to[2], to[3]);
       }
