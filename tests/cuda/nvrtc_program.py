@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -127,8 +128,26 @@ def assemble(
     )
 
 
-def compile_program(*kernels: str) -> str | None:
-    """Return None when kernels compile for an H200 in one program, else what the compiler says."""
+def compile_program(*kernels: str, architecture: str = "sm_90a") -> str | None:
+    """Return None when kernels compile in one program, else what the compiler says.
+
+    Args:
+        *kernels: texts, one after another.
+        architecture: of the device, by default that of an H200.
+    """
+    compiled, log = _compiled(kernels, f"--gpu-architecture={architecture}")
+    return None if compiled else log
+
+
+def registers(*kernels: str) -> list[int]:
+    """Return how many registers the threads of kernels of one program have on an H200."""
+    compiled, log = _compiled(kernels, "--gpu-architecture=sm_90a", "--ptxas-options=-v")
+    assert compiled, log
+    return [int(number) for number in re.findall(r"Used (\d+) registers", log)]
+
+
+def _compiled(kernels: Sequence[str], *extra: str) -> tuple[bool, str]:
+    """Compile, and return whether that went well, and what the compiler says."""
     found = library()
     assert found is not None
     nvrtc, includes = found
@@ -141,17 +160,16 @@ def compile_program(*kernels: str) -> str | None:
     assert made == 0, f"nvrtcCreateProgram: {made}"
     options = [
         "--device-as-default-execution-space",
-        "--gpu-architecture=sm_90a",
+        *extra,
         *includes,
     ]
     given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     try:
-        if nvrtc.nvrtcCompileProgram(handle, len(options), given) == 0:
-            return None
+        compiled = nvrtc.nvrtcCompileProgram(handle, len(options), given) == 0
         size = ctypes.c_size_t()
         nvrtc.nvrtcGetProgramLogSize(handle, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value + 1)
         nvrtc.nvrtcGetProgramLog(handle, log)
-        return log.value.decode()
+        return compiled, log.value.decode()
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(handle))

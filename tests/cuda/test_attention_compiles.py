@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from nvrtc_program import compile_program, is_missing
+from nvrtc_program import compile_program, is_missing, registers
 from test_catalog_compiles import programs  # noqa: F401
 
 from zmlx.kernels import decode_attention as plain
@@ -31,18 +31,61 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_compiles(name, dtype, programs, monkeypatch):  # noqa: F811
+    launch_all(dtype, OPTIONS[name], monkeypatch, tensor=False)
+    check(programs)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "architecture"),
+    [
+        ("plain", mx.bfloat16, "sm_90a"),
+        ("norms", mx.bfloat16, "sm_90a"),
+        ("gpt-oss", mx.bfloat16, "sm_80"),
+        ("gpt-oss", mx.float16, "sm_90a"),
+    ],
+    ids=str,
+)
+def test_it_compiles_for_tensor_cores(name, dtype, architecture, programs, monkeypatch):  # noqa: F811
+    launch_all(dtype, OPTIONS[name], monkeypatch, tensor=True)
+    check(programs, architecture)
+
+
+def launch_all(dtype, options, monkeypatch, *, tensor):
     monkeypatch.setattr(plain, "for_kernels", lambda **_: "cuda")
+    monkeypatch.setattr(plain, "has_tensor_cores", lambda: tensor)
     for splits in (1, 4):
         q, k, keys = (mx.zeros(s, dtype) for s in ((1, 16, 64), (1, 2, 64), (1, 2, 300, 64)))
         decode_attention(
-            q, k, k, keys, keys, mx.zeros(3, mx.int32), scale=1.0, splits=splits, **OPTIONS[name]
+            q, k, k, keys, keys, mx.zeros(3, mx.int32), scale=1.0, splits=splits, **options
         )
-    check(programs)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_it_compiles_for_latents(dtype, programs, monkeypatch):  # noqa: F811
+    launch_latent(dtype, monkeypatch, tensor=False)
+    check(programs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture"), [(mx.float16, "sm_80"), (mx.bfloat16, "sm_90a")], ids=str
+)
+def test_it_compiles_for_latents_on_tensor_cores(dtype, architecture, programs, monkeypatch):  # noqa: F811
+    launch_latent(dtype, monkeypatch, tensor=True)
+    check(programs, architecture)
+
+
+def test_blocks_find_their_registers(programs, monkeypatch):  # noqa: F811
+    """MLX says nothing of a block's threads to the compiler, and a launch of too many fails."""
+    launch_latent(mx.bfloat16, monkeypatch, tensor=True)
+    for header, bodies in programs.items():
+        for k, text in enumerate(bodies):
+            [used] = registers(header, text.replace("_CASE(", f"_{k}("))
+            assert 9 * 32 * -(-used // 8) * 8 <= 65536
+
+
+def launch_latent(dtype, monkeypatch, *, tensor):
     monkeypatch.setattr(latent, "for_kernels", lambda **_: "cuda")
+    monkeypatch.setattr(latent, "has_tensor_cores", lambda: tensor)
     sizes = ((1, 20, 512), (1, 20, 64), (1, 512), (1, 64), (1, 1, 300, 512), (1, 1, 300, 64))
     arrays = [mx.zeros(size, dtype) for size in sizes]
     for splits in (1, 4):
@@ -54,13 +97,14 @@ def test_it_compiles_for_latents(dtype, programs, monkeypatch):  # noqa: F811
             rope=Rope(64, traditional=True),
             splits=splits,
         )
-    check(programs)
 
 
-def check(programs):  # noqa: F811
+def check(programs, architecture="sm_90a"):  # noqa: F811
     assert sum(map(len, programs.values())) == 2
     for header, bodies in programs.items():
         for k, text in enumerate(bodies):
             assert len(header) + len(text) < 4000, "MLX hashes all of it at every evaluation"
-            log = compile_program(header, text.replace("_CASE(", f"_{k}("))
+            log = compile_program(
+                header, text.replace("_CASE(", f"_{k}("), architecture=architecture
+            )
             assert log is None, f"\n{log[:3000]}"

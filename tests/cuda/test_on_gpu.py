@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from metal.cases import MAKERS, as_numpy, differences
 
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.backend.signature import ATTRIBUTES
 
@@ -248,8 +248,10 @@ def test_a_body_for_cuda_is_taken_as_it_is():
     kernel = launcher(
         definition(
             "this is not Metal",
-            cuda="out[threadIdx.x] = twice(__ldg(x + threadIdx.x));",
-            cuda_header="__device__ float twice(float v) { return v + v; }\n",
+            cuda=CudaBody(
+                "out[threadIdx.x] = twice(__ldg(x + threadIdx.x));",
+                "__device__ float twice(float v) { return v + v; }\n",
+            ),
         ),
         "cuda",
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 
-from zmlx.backend.cuda import TranslationError, Variant, translated
+from zmlx.backend.cuda import TranslationError, Variant, compiled, translated
 from zmlx.backend.cuda.tokens import text_of, tokenize
 from zmlx.backend.cuda.translate import always_indexed, translate_body, translate_header
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import CudaBody, Definition
 
 
 def squeezed(text: str) -> str:
@@ -205,8 +206,33 @@ def test_the_text_is_short():
 
 
 def test_a_body_for_cuda_is_not_touched():
-    source = translated(define("no Metal `", cuda="out[0] = 1.0;", cuda_header="// mine\n"))
+    source = translated(define("no Metal `", cuda=CudaBody("out[0] = 1.0;", "// mine\n")))
     assert (source.header, source.body) == ("// mine\n", "out[0] = 1.0;")
+
+
+ARCHITECTURE = "zmlx.backend.cuda.handwritten.architecture"
+
+
+def test_a_body_for_cuda_is_for_devices_that_take_it(monkeypatch):
+    kernel = define("out[0] = 1.0;", cuda=CudaBody("out[0] = 2.0;", architecture=80))
+    found = []
+    for device in (75, 80, 90):
+        monkeypatch.setattr(
+            "zmlx.backend.cuda.handwritten.architecture", lambda device=device: device
+        )
+        found.append("2.0" in translated(kernel).body)
+    assert found == [False, True, True]
+
+
+def test_a_body_for_cuda_has_a_launch_of_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        mx.fast, "cuda_kernel", lambda **given: lambda **call: calls.append(call) or []
+    )
+    given = {"inputs": [], "grid": (1, 1, 1), "threadgroup": (1, 1, 1), "template": None}
+    for body in (CudaBody("x;"), CudaBody("x;", launch=((64, 3, 1), (32, 1, 1)))):
+        compiled(define("x;", cuda=body))(**given)
+    assert calls == [given, {**given, "grid": (64, 3, 1), "threadgroup": (32, 1, 1)}]
 
 
 def test_tokens_give_their_text_back():

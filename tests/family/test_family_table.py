@@ -328,7 +328,7 @@ WRONG = {
     "alias": (SMALL.replace('other = "one"', 'other = "nine"'), "aliases.other: unknown name"),
     "pattern": (
         refuse(pattern='"moe"'),
-        "unknown pattern 'moe'; allowed: decode_step, fast_",
+        "unknown pattern 'moe'; allowed: decode_step, deepseek_router, fast_",
     ),
     "reason": (refuse(reason=""), "the key reason is missing: a refusal says what and why"),
     "evidence": (refuse(evidence='""'), "the key evidence is missing"),

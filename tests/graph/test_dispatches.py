@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from click.testing import CliRunner
 from mlx_lm.models.cache import make_prompt_cache
@@ -17,7 +16,7 @@ from zoo.build import made
 from zoo.disk import make_checkpoint
 
 from zmlx.bench import dispatches as command_module
-from zmlx.bench.dispatches import command, count, hollow, stock_graph
+from zmlx.bench.dispatches import command, count, hollow
 from zmlx.bench.shapes import unfilled_model
 from zmlx.graph.compiled import _FUSABLE, fused, trace_compiled
 from zmlx.graph.dispatches import BACKENDS, dispatches
@@ -340,22 +339,17 @@ def test_the_command_prints_a_table(checkpoint: Path) -> None:
         assert text in result.output
 
 
-def test_a_rewritten_step_gets_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rewritten(model: nn.Module) -> Graph:
-        graph = stock_graph(model)
-        return graph.with_nodes(
-            Node("FusedActivation", node.inputs, node.outputs, (mx.sin,))
-            if node.op == "Compiled"
-            else node
-            for node in graph.nodes
-        )
-
+def test_a_replayed_step_gets_a_column() -> None:
     model = made("llama", "bfloat16-4bit")
-    monkeypatch.setattr(command_module, "patched_graph", rewritten)
-    counts = count(model, ["metal"])["metal"]
-    assert list(counts) == ["stock", "patched"]
-    assert "Compiled" not in counts["patched"]
-    assert counts["patched"]["FusedActivation"] == counts["stock"]["Compiled"]
+    counts = count(model, ["metal", "cuda"])
+    for backend, attentions in (("metal", 2), ("cuda", 1)):
+        stock, patched = counts[backend]["stock"], counts[backend]["patched"]
+        layers = len(model.layers)
+        assert patched["FusedDecodeAttention"] == attentions * layers
+        assert patched["FusedProducts"] == 3 * layers
+        assert "RoPE" not in patched
+        assert patched["ArgReduce"] == stock["ArgReduce"]  # outside of what is replayed
+        assert sum(patched.values()) < 0.5 * sum(stock.values())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 
 import mlx.core as mx
@@ -81,13 +82,92 @@ def test_weighted_sums_over_experts_are_found(module, cls, experts, keeps_dtype)
     ("module", "cls"),
     [
         ("llama4", "MoE"),
-        ("longcat_flash", "LongcatFlashMoE"),
         pytest.param("muse_spark", "MoE", marks=newest_only),
-        ("gpt_oss", "MLPBlock"),
+        pytest.param("deepseek_v41", "Experts", marks=newest_only),  # another axis
     ],
 )
 def test_blocks_that_combine_otherwise_are_left_alone(module, cls):
     assert combinations(_forward(module, cls)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "experts", "weights", "keeps_dtype"),
+    [
+        ("gpt_oss", "MLPBlock", "experts", "expert_weights", False),
+        ("longcat_flash", "LongcatFlashMoE", "switch_mlp", "regular_weights", False),
+        ("bailing_moe", "BailingMoeSparseMoeBlock", "switch_mlp", "topk_weight", True),
+        ("gemma4_text", "Experts", "switch_glu", "w.squeeze(-1)", False),
+        ("nemotron_h", "NemotronHMoE", "switch_mlp", "scores", True),
+    ],
+)
+def test_other_ways_to_write_the_weighted_sum(module, cls, experts, weights, keeps_dtype):
+    (site,) = combinations(_forward(module, cls))
+    found = site.experts, ast.unparse(site.weights), site.keeps_dtype
+    assert found == (experts, weights, keeps_dtype)
+
+
+class Combining(nn.Module):
+    """Blocks that only look like those with a weighted sum."""
+
+    def __call__(self, x, i, w):
+        return x
+
+
+class SumOverTokens(Combining):
+    def __call__(self, x, i, w):
+        y = self.experts(x, i)
+        v = y * mx.expand_dims(w, axis=-1)
+        return v.sum(axis=-1)
+
+
+class OtherAxisOfWeights(Combining):
+    def __call__(self, x, i, w):
+        y = self.experts(x, i)
+        v = y * mx.expand_dims(w, axis=0)
+        return v.sum(axis=-2)
+
+
+class ProductIsReturnedToo(Combining):
+    def __call__(self, x, i, w):
+        y = self.experts(x, i)
+        v = y * w[..., None]
+        z = v.sum(axis=-2)
+        return z, v
+
+
+class OutputsAreReadAgain(Combining):
+    def __call__(self, x, i, w):
+        y = self.experts(x, i)
+        v = y * w[..., None]
+        z = v.sum(axis=-2)
+        return z + y[..., 0, :]
+
+
+class WeightsHaveTwoMeanings(Combining):
+    def __call__(self, x, i, w):
+        e = mx.expand_dims(w, -1)
+        if self.scaled:
+            e = w
+        y = self.experts(x, i)
+        return (y * e).sum(axis=-2)
+
+
+class KeepsTheAxis(Combining):
+    def __call__(self, x, i, w):
+        y = self.experts(x, i)
+        return mx.sum(y * w[..., None], axis=-2, keepdims=True)
+
+
+class SomethingBetween(Combining):
+    def __call__(self, x, i, w):
+        y = self.experts(x, i)
+        y = mx.tanh(y)
+        return (y * w[..., None]).sum(axis=-2)
+
+
+@pytest.mark.parametrize("cls", Combining.__subclasses__())
+def test_what_only_looks_like_a_weighted_sum_is_not_found(cls):
+    assert combinations(own_forward(cls)) == []
 
 
 def clamped(x, gate):

@@ -15,6 +15,24 @@ Template = Sequence[tuple[str, "mx.Dtype | int | bool"]]
 
 
 @dataclass(frozen=True)
+class CudaBody:
+    """A kernel's body written for CUDA by hand, in place of the translated one.
+
+    Attributes:
+        source: the body, in CUDA C++; it gets whole blocks, and no prelude.
+        header: what stands before the kernel.
+        architecture: the compute capability that it needs, times ten; devices of a lower one get
+            the translated body.
+        launch: grid and threadgroup, where threads are dealt out otherwise than for Metal.
+    """
+
+    source: str
+    header: str = ""
+    architecture: int = 0
+    launch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
+
+
+@dataclass(frozen=True)
 class Definition:
     """A kernel as `mx.fast.metal_kernel` takes it; equal ones are compiled once.
 
@@ -32,7 +50,6 @@ class Definition:
             launch has to depend on one of its outputs.
         partial_outputs: threads may leave elements of outputs unwritten, which nobody reads.
         cuda: a body written for CUDA by hand, in place of the translated one.
-        cuda_header: what stands before it.
 
     Raises:
         TypeError: a name or a text is not a string, or names come as one.
@@ -49,8 +66,7 @@ class Definition:
     atomic_outputs: bool = False
     updated_inputs: tuple[str, ...] = ()
     partial_outputs: bool = False
-    cuda: str | None = None
-    cuda_header: str = ""
+    cuda: CudaBody | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would fail late, at the first evaluation, in a compiler's words."""

@@ -9,9 +9,9 @@ weights are shapes and dtypes, so a model of any size takes little memory.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 #: Length of the context of the step, in tokens.
 CONTEXT = 300
-#: Where the rewritten step of a model comes from.
-_PROGRAM = "zmlx.graph.program"
-
 #: variant ("stock", "patched") -> operation -> launches
 Counts = Mapping[str, Mapping[str, int]]
 
@@ -67,16 +64,11 @@ def stock_graph(model: nn.Module, context: int = CONTEXT) -> Graph:
         TraceError: the step cannot be traced.
     """
     import mlx.core as mx  # noqa: PLC0415
-    from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
 
     from zmlx.graph.compiled import fused, trace_compiled  # noqa: PLC0415
-    from zmlx.graph.step import Step, cache_arrays, fill_cache  # noqa: PLC0415
+    from zmlx.graph.step import Step  # noqa: PLC0415
 
-    cache = make_prompt_cache(model)
-    model(mx.zeros((1, context), mx.int32), cache=cache)
-    # What the cache holds has its shape now; nothing may compute it.
-    fill_cache(cache, [_zeros(array) for array in cache_arrays(cache)])
-    step = Step(model, cache)
+    step = Step(model, _filled_cache(model, context))
 
     def decoded(token: mx.array, *arrays: mx.array) -> list[mx.array]:
         logits, *after = step(token[None], *arrays)
@@ -88,19 +80,64 @@ def stock_graph(model: nn.Module, context: int = CONTEXT) -> Graph:
     return fused(graph, regions)
 
 
-def patched_graph(model: nn.Module) -> Graph | None:
-    """Return the rewritten graph of one decoded token; None where there is no rewriting.
+def _filled_cache(model: nn.Module, context: int) -> list[Any]:
+    """Return the model's caches after some tokens, with zeros in them."""
+    import mlx.core as mx  # noqa: PLC0415
+    from mlx_lm.models.cache import make_prompt_cache  # noqa: PLC0415
 
-    It is replayed under `mx.compile`, so all of it is joined as that does.
+    from zmlx.graph.step import cache_arrays, fill_cache  # noqa: PLC0415
+
+    cache: list[Any] = make_prompt_cache(model)
+    model(mx.zeros((1, context), mx.int32), cache=cache)
+    # What the cache holds has its shape now; nothing may compute it.
+    fill_cache(cache, [_zeros(array) for array in cache_arrays(cache)])
+    return cache
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The part of a step that the pattern decode_step replays on GPUs.
+
+    Attributes:
+        stock: the graph of the part as mlx-lm has it.
+        program: what is replayed in its place.
     """
-    if find_spec(_PROGRAM) is None:
-        return None
-    rewritten = getattr(import_module(_PROGRAM), "decode_graph", None)
-    if rewritten is None:
-        return None
-    from zmlx.graph.compiled import fused  # noqa: PLC0415
 
-    return fused(rewritten(model))
+    stock: Graph
+    program: Graph
+
+
+def recorded(model: nn.Module, context: int = CONTEXT) -> Recorded | None:
+    """Return what is replayed of a decoded token; None where the model's forward runs.
+
+    Args:
+        model: a model of mlx-lm; it is not evaluated.
+        context: tokens before this one.
+    """
+    import mlx.core as mx  # noqa: PLC0415
+
+    from zmlx.graph.caches import Layout, ProgramRefused  # noqa: PLC0415
+    from zmlx.graph.compiled import fused, trace_compiled  # noqa: PLC0415
+    from zmlx.graph.program import traced_step  # noqa: PLC0415
+    from zmlx.graph.step import Step  # noqa: PLC0415
+    from zmlx.graph.trace import TraceError  # noqa: PLC0415
+    from zmlx.patch.pattern import PatchConfig, Proposal, patterns  # noqa: PLC0415
+
+    cache = _filled_cache(model, context)
+    for _, module in model.named_modules():
+        verdict = patterns()["decode_step"].examine(module, "", None, PatchConfig("cuda"))
+        if not isinstance(verdict, Proposal) or module is model:
+            continue
+        part = Step(module, cache)
+        graph, regions = trace_compiled(part, mx.zeros((1, 1), mx.uint32), *part.arrays)
+        try:
+            layout = Layout.of(cache)
+            step = traced_step(lambda x, c, m=module: m(x, cache=c), layout, mx.uint32)  # type: ignore[misc]
+        except (ProgramRefused, TraceError):
+            return None
+        # What is replayed is joined by mx.compile.
+        return Recorded(fused(graph, regions), fused(step.graph))
+    return None
 
 
 def count(model: nn.Module, backends: Iterable[str], context: int = CONTEXT) -> dict[str, Counts]:
@@ -112,11 +149,17 @@ def count(model: nn.Module, backends: Iterable[str], context: int = CONTEXT) -> 
     """
     from zmlx.graph.dispatches import dispatches  # noqa: PLC0415
 
-    graphs = {"stock": stock_graph(model, context), "patched": patched_graph(model)}
-    return {
-        backend: {name: dispatches(graph, backend) for name, graph in graphs.items() if graph}
-        for backend in backends
-    }
+    stock, replayed = stock_graph(model, context), recorded(model, context)
+    found: dict[str, Counts] = {}
+    for backend in backends:
+        counts = {"stock": dispatches(stock, backend)}
+        if replayed is not None:
+            around = Counter(counts["stock"])
+            around.subtract(dispatches(replayed.stock, backend))
+            around.update(dispatches(replayed.program, backend))
+            counts["patched"] = {op: n for op, n in around.most_common() if n > 0}
+        found[backend] = counts
+    return found
 
 
 def _table(title: str, counted: Mapping[str, Counts]) -> Table:

@@ -126,7 +126,8 @@ Counted = tuple[int, list[Layout]]
 def _count(place: _Place, node: Node) -> Counted:
     call = _Call(place, node, [place.at[value] for value in node.inputs])
     if node.op.startswith(FUSED):
-        return getattr(node.arguments[0], "launches", 1), call.new()
+        launches = getattr(node.arguments[0], "launches", 1)
+        return launches if isinstance(launches, int) else launches[place.backend], call.new()
     if all(value.size == 0 for value in node.outputs):
         return 0, call.new()
     view = _VIEWS.get(node.op)

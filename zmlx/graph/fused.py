@@ -8,8 +8,9 @@ does, and `makes` for its outputs, None where it makes whatever is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -48,9 +49,8 @@ class Stored:
         """Return the weight that some inputs are."""
         given = list(arrays)
         bias = given.pop() if self.has_bias else None
-        w, *rest = given
-        scales, biases, *_ = (*rest, None, None)
-        return Weight(w, scales, biases, bias, self.mode, self.group_size, self.bits)
+        scales, biases = [*given[1:], None, None][:2]
+        return Weight(given[0], scales, biases, bias, self.mode, self.group_size, self.bits)
 
 
 class _Inputs:
@@ -273,6 +273,9 @@ class DecodeAttention:
     has_sinks: bool = False
     has_after: bool = False
 
+    #: on Metal no threadgroup may rely on what another one wrote, so sums are combined apart
+    launches: ClassVar[Mapping[str, int]] = {"metal": 2, "cuda": 1}
+
     @property
     def makes(self) -> tuple[Shape, ...] | None:
         """The shape of its output; None for any."""
@@ -333,6 +336,8 @@ class LatentAttention:
     eps: float | None = None
     rope: recording.Rope | None = None
     has_after: bool = False
+
+    launches: ClassVar[Mapping[str, int]] = DecodeAttention.launches
 
     @property
     def makes(self) -> tuple[Shape, ...] | None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import is_
 from typing import Any
 
 import mlx.core as mx
 
+from zmlx.backend import for_kernels
+from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.graph.caches import Layout, ProgramRefused, held_arrays, is_plain, leaves
 from zmlx.graph.lending import Chain, Kind, advance, lend, place
 from zmlx.graph.nodes import Graph, Value
@@ -148,7 +149,7 @@ class DecodeProgram:
     def __init__(self, traced: Traced, layout: Layout) -> None:
         self.traced = traced
         self.layout = layout
-        self._replay = mx.compile(partial(_run, traced.graph))
+        self._replay = mx.compile(_Build(traced.graph))
         used = [at for at, forms in enumerate(layout.forms) if forms]
         self._lent = [at for at in used if layout.kinds[at] is not None]
         self._plain = [at for at in used if layout.kinds[at] is None]
@@ -173,6 +174,7 @@ class DecodeProgram:
         chain = chain or self.chain(caches)
         states = [chain.state(each[at]) for at in self._examples]
         held = held_arrays([each[at] for at in self._used]) if self._plain else chain.arrays
+        assert chain.after is not None, "a chain begins with an array"
         chain.after, *rest = self._replay(tokens, *held, *states, chain.after)
         for at in self._lent:
             advance(each[at])
@@ -223,6 +225,22 @@ class DecodeProgram:
         error = float(mx.sqrt(mx.square(found - truth).mean() / mx.square(truth).mean()))
         if not error <= allowed and bool(mx.isfinite(truth).all()):
             raise WrongResult(f"its kernels differ from the model's own step by {error:.2g}")
+
+
+class _Build:
+    """Builds a graph on arrays, with its constants by address where kernels take them so."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._addresses: Addresses | None = None
+
+    def __call__(self, *arrays: mx.array) -> list[mx.array]:
+        if for_kernels(has_reference=False) != "cuda":
+            return _run(self._graph, *arrays)
+        if self._addresses is None:
+            self._addresses = Addresses(self._graph.constants.values())
+        with in_force(self._addresses):
+            return _run(self._graph, *arrays)
 
 
 def _evaluated(result: mx.array) -> mx.array:

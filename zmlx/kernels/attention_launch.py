@@ -9,10 +9,18 @@ from functools import cache
 
 import mlx.core as mx
 
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
-from zmlx.kernels import attention_latent_source, attention_source
+from zmlx.kernels import (
+    attention_latent_source,
+    attention_latent_tensor_source,
+    attention_source,
+    attention_tensor_source,
+)
+from zmlx.kernels.attention_latent_tensor_source import SLICE
 from zmlx.kernels.attention_source import AHEAD, CHUNK, THREADS, Variant
+from zmlx.kernels.attention_tensor_source import WARPS
+from zmlx.kernels.rope import Rope
 from zmlx.kernels.rows import SIMD
 
 #: Threadgroups among which positions are split: one for each multiprocessor of a large GPU.
@@ -25,6 +33,14 @@ HEADS = 8
 _MEETING = 16384
 #: Bytes of sums that one threadgroup adds up at most, if it need not.
 _FLAT = 49152
+#: On tensor cores: most elements of keys and values, of which registers hold whole tiles.
+_TENSOR_SIZE, _TENSOR_VALUE_SIZE = 192, 128
+#: Positions of a tile there of latents, of which each warp of a block has some elements.
+_LATENT_TILE = 32
+#: Tiles that are worth a block there: with fewer there are more parts to add up.
+_TILES = 4
+#: Up to this capacity tiles are asked for before it is known which hold anything.
+_AT_ONCE = 1024
 #: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
 _COUNTERS_OF_A_ROW = 17
 
@@ -46,6 +62,9 @@ class Layout:
         dtype: of the cache.
         q_dtype: of queries and of the result.
         state_step: numbers from one sequence's state to the next one's.
+        tile: positions that a warp, or for latents a block, has at a time on CUDA's tensor cores;
+            0 elsewhere.
+        at_once: the first tiles are read without waiting for the state.
     """
 
     batch: int
@@ -60,6 +79,8 @@ class Layout:
     dtype: mx.Dtype
     q_dtype: mx.Dtype
     state_step: int
+    tile: int = 0
+    at_once: bool = False
 
     @classmethod
     def of(
@@ -72,8 +93,9 @@ class Layout:
         rope_size: int = 0,
         window: int | None = None,
         splits: int | None = None,
+        tensor: bool = False,
     ) -> Layout:
-        """Lay out a call.
+        """Lay out a call, for CUDA's tensor cores if `tensor`.
 
         Raises:
             ValueError: `splits` or `window` is out of range.
@@ -84,7 +106,13 @@ class Layout:
         shared = q.shape[1] // kv_heads
         groups = -(-shared // HEADS)
         heads = -(-shared // groups)
+        # A kernel is made for its splits: there are few numbers of them, although buffers grow.
+        room = _power_of_two(capacity)
+        seen = min(room, window or room)
+        tile = _tile(seen, max(size, value_size), rope_size) if tensor else 0
+        least = tile or LEAST
         if splits is None:
+            least = (2 if rope_size else _TILES) * tile or LEAST
             splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
         elif not 1 <= splits <= CHUNK - 2:
             raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
@@ -93,7 +121,7 @@ class Layout:
             kv_heads=kv_heads,
             shared=shared,
             heads=heads,
-            splits=min(splits, -(-min(capacity, window or capacity) // LEAST)),
+            splits=min(splits, -(-seen // least)),
             size=size,
             value_size=value_size,
             rope_size=rope_size,
@@ -101,6 +129,8 @@ class Layout:
             dtype=keys.dtype,
             q_dtype=q.dtype,
             state_step=0 if state.ndim == 1 else 3,
+            tile=tile,
+            at_once=tensor and not window and room <= _AT_ONCE,
         )
 
     @property
@@ -134,8 +164,41 @@ class Layout:
         return self.rows, self.splits, self.heads, self.value_size + 4
 
     @property
+    def threads(self) -> int:
+        """Threads of a threadgroup."""
+        if self.tile and self.rope_size:
+            return SIMD * (-(-self.size // SLICE) + 1)
+        return SIMD * WARPS if self.tile else THREADS
+
+    @property
     def template(self) -> tuple[tuple[str, mx.Dtype | int], ...]:
         """Values of the sources' templates."""
+        numbers = self._tensor_numbers if self.tile else self._numbers
+        common = {
+            "D": self.size,
+            "DV": self.value_size,
+            "KV_HEADS": self.kv_heads,
+            "SHARED": self.shared,
+            "GROUPS": self.groups,
+            "HEADS": self.heads,
+            "SPLITS": self.splits,
+            "WINDOW": self.window,
+            "COUNTERS": _COUNTERS_OF_A_ROW,
+            "STEP": self.state_step,
+        }
+        return (("T", self.dtype), ("Q", self.q_dtype), *common.items(), *numbers.items())
+
+    @property
+    def _tensor_numbers(self) -> dict[str, int]:
+        return {
+            **({"E": self.rope_size} if self.rope_size else {"WARPS": WARPS}),
+            "KEYS": self.tile,
+            "AT_ONCE": int(self.at_once),
+            "BATCHED": int(self.batch > 1),
+        }
+
+    @property
+    def _numbers(self) -> dict[str, int]:
         padded = _power_of_two(self.heads)
         simdgroups = THREADS // SIMD
         # As many heads as there is room for meet at once.
@@ -150,35 +213,24 @@ class Layout:
         if self.rope_size:  # whole vectors for all lanes
             query = k_vectors * k_lanes * a_load + self.rope_size
         staged = self.heads * query + self.size + self.rope_size
-        numbers = {
+        return {
             "THREADS": THREADS,
             "CHUNK": CHUNK,
             # Queries in threadgroup memory are read less often if they meet more rows.
             "AHEAD": max(1, (2 * AHEAD if self.rope_size else AHEAD) // k_vectors),
             "V_AHEAD": max(1, AHEAD // v_vectors),
-            "D": self.size,
-            "DV": self.value_size,
             "E": self.rope_size,
             "K_LANES": k_lanes,
             "K_VECTORS": k_vectors,
             "P_VECTORS": p_vectors,
             "V_LANES": v_lanes,
             "V_VECTORS": v_vectors,
-            "KV_HEADS": self.kv_heads,
-            "SHARED": self.shared,
-            "GROUPS": self.groups,
-            "HEADS": self.heads,
             "PADDED": padded,
             "PASS": meeting,
             "SCRATCH": -(-max(staged, simdgroups * meeting * self.value_size) // 4) * 4,
-            "SPLITS": self.splits,
             "LEAST": LEAST,
-            "WINDOW": self.window,
             "FLAT": max(2, _FLAT // (4 * self.heads * self.value_size)),
-            "COUNTERS": _COUNTERS_OF_A_ROW,
-            "STEP": self.state_step,
         }
-        return (("T", self.dtype), ("Q", self.q_dtype), *numbers.items())
 
     def form(self, backend: str) -> str:
         """Return which form of the source a backend runs (`Variant.form`)."""
@@ -220,8 +272,8 @@ def launched(
         inputs=[array for name in variant.inputs if (array := given[name]) is not None],
         output_shapes=[shapes[name] for name in variant.outputs],
         output_dtypes=[dtypes[name] for name in variant.outputs],
-        grid=(layout.splits * THREADS, *layout.grid),
-        threadgroup=(THREADS, 1, 1),
+        grid=(layout.splits * layout.threads, *layout.grid),
+        threadgroup=(layout.threads, 1, 1),
         template=template,
     )
     if variant.form != "parts":
@@ -239,6 +291,49 @@ def launched(
     return out
 
 
+def fits_tensor_cores(
+    q: mx.array,
+    keys: mx.array,
+    value_size: int,
+    norms: tuple[mx.array | None, mx.array | None],
+    rope: Rope | None,
+    numbers: tuple[tuple[str, int], ...],
+) -> bool:
+    """Return whether attention over heads may run on CUDA's tensor cores, if there are any.
+
+    Queries and caches have to be of the same 16 bits, heads no larger than registers allow, the
+    two elements of a pair that is rotated in the same lane, and `numbers` ones that MLX can put
+    into the name of a kernel.
+    """
+    weights = {weight.dtype for weight in norms if weight is not None}
+    return (
+        q.dtype == keys.dtype != mx.float32
+        and keys.shape[3] <= _TENSOR_SIZE
+        and value_size <= _TENSOR_VALUE_SIZE
+        and len(weights) < 2
+        and (rope is None or rope.traditional or rope.dims % 64 == 0)
+        and all(number >= 0 for _, number in numbers)
+    )
+
+
+def latents_fit_tensor_cores(
+    q: mx.array, latents: mx.array, rope: Rope | None, numbers: tuple[tuple[str, int], ...]
+) -> bool:
+    """Return whether latent attention may run on CUDA's tensor cores; see `fits_tensor_cores`."""
+    return (
+        q.dtype == latents.dtype != mx.float32
+        and (rope is None or rope.traditional or rope.dims % 64 == 0)
+        and all(number >= 0 for _, number in numbers)
+    )
+
+
+def _tile(positions: int, size: int, rope_size: int) -> int:
+    """Return how many positions a warp works on: more where there are many, and rows are short."""
+    if rope_size:
+        return _LATENT_TILE
+    return 32 if positions > _AT_ONCE and size <= 64 else 16
+
+
 def _lanes(vectors: int) -> tuple[int, int]:
     """Return how many lanes read a row of so many vectors, and how many vectors each reads."""
     lanes = min(SIMD, _power_of_two(vectors))
@@ -253,6 +348,7 @@ def _power_of_two(number: int) -> int:
 @cache
 def _definition(variant: Variant) -> Definition:
     source = attention_latent_source if variant.latent else attention_source
+    tensor = attention_latent_tensor_source if variant.latent else attention_tensor_source
     return Definition(
         name="decode_attention_latent" if variant.latent else "decode_attention",
         input_names=variant.inputs,
@@ -262,6 +358,9 @@ def _definition(variant: Variant) -> Definition:
         ensure_row_contiguous=False,
         updated_inputs=variant.updated,
         partial_outputs=variant.form != "whole",
+        cuda=CudaBody(tensor.attention(variant), tensor.header(), architecture=80)
+        if variant.tensor
+        else None,
     )
 
 

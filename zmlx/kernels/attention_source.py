@@ -118,6 +118,7 @@ class Variant:
         form: "whole" when a threadgroup has all positions and writes the result, "parts" when it
             writes sums over a part, "joined" when the last threadgroup of a row adds them up too.
         latent: values are the keys, and a part of queries and keys that is rotated lies apart.
+        tensor: the text for CUDA's tensor cores runs (`attention_tensor_source`).
     """
 
     q_norm: bool
@@ -128,6 +129,7 @@ class Variant:
     after: bool
     form: str
     latent: bool = False
+    tensor: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ for each set of options, the geometry for each set of shapes and dtypes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -209,20 +209,7 @@ class Bound:
     def _reference_vjp(self, arrays: Arrays, cotangents: Any) -> list[mx.array]:
         if self.spec.no_gradient:
             raise ValueError(f"kernel {self.spec.name} has no gradient: {self.spec.no_gradient}")
-        # Integers cannot move; MLX still wants an array for each of them.
-        floats = [i for i, a in enumerate(arrays) if mx.issubdtype(a.dtype, mx.floating)]
-
-        def of_floats(*some: mx.array) -> list[mx.array]:
-            values = list(arrays)
-            for i, array in zip(floats, some, strict=True):
-                values[i] = array
-            return several(self.reference(*values))
-
-        _, found = mx.vjp(of_floats, [arrays[i] for i in floats], several(cotangents))
-        gradients = [mx.zeros_like(array) for array in arrays]
-        for i, gradient in zip(floats, found, strict=True):
-            gradients[i] = gradient
-        return gradients
+        return gradients_of(self.reference, arrays, cotangents)
 
     def _vmap(self, arrays: Any, axes: Any) -> tuple[Any, Any]:
         if isinstance(arrays, mx.array):
@@ -250,6 +237,25 @@ def _with_leading_axis(arrays: Arrays, axes: Sequence[int | None], rows: Sequenc
     return tuple(moved)
 
 
+def gradients_of(
+    function: Callable[..., Any], arrays: Sequence[mx.array], cotangents: Any
+) -> list[mx.array]:
+    """Differentiate a function of arrays by MLX; integers cannot move, and have zeros."""
+    floats = [i for i, a in enumerate(arrays) if mx.issubdtype(a.dtype, mx.floating)]
+
+    def of_floats(*some: mx.array) -> list[mx.array]:
+        values = list(arrays)
+        for i, array in zip(floats, some, strict=True):
+            values[i] = array
+        return several(function(*values))
+
+    _, found = mx.vjp(of_floats, [arrays[i] for i in floats], several(cotangents))
+    gradients = [mx.zeros_like(array) for array in arrays]
+    for i, gradient in zip(floats, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
 def several(result: Any) -> list[mx.array]:
     """Return a kernel's outputs as a list, be it one or more."""
     return list(result) if isinstance(result, list | tuple) else [result]
@@ -264,6 +270,18 @@ def native_serves(spec: KernelSpec) -> bool:
         return native.find().present and hasattr(native.load(), spec.native)
     except native.NativeUnavailable:
         return False
+
+
+#: what a call depends on besides its arrays -> its replay, of kernels that are called without specs
+_REPLAYS: dict[Hashable, Replay] = {}
+
+
+def replay_of(key: Hashable, make: Callable[[], Replay]) -> Replay:
+    """Return the replay that is remembered under a key, made if there is none."""
+    found = _REPLAYS.get(key)
+    if found is None:
+        found = _REPLAYS.setdefault(key, make())
+    return found
 
 
 #: (kernel's name, options) -> the kernel with these options
@@ -282,4 +300,5 @@ def bound(spec: KernelSpec, options: Mapping[str, Any]) -> Bound:
 def forget() -> None:
     """Drop what calls have built so far; later calls build it anew."""
     _BOUND.clear()
+    _REPLAYS.clear()
     native_serves.cache_clear()

@@ -15,6 +15,8 @@ there, everything else is computed in float32.
 Keys and values are read once for all query heads that share them. The positions are split over
 threadgroups, whose sums are combined: on CUDA by the last threadgroup that arrives, in the same
 launch; elsewhere, where no threadgroup may rely on what another one wrote, by a second launch.
+CUDA's tensor cores compute it where queries and caches have the same 16 bits and their sizes fit
+(`fits_tensor_cores`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.kernels.attention_launch import Layout, launched
+from zmlx.backend.capability import has_tensor_cores
+from zmlx.kernels.attention_launch import Layout, fits_tensor_cores, launched
 from zmlx.kernels.attention_source import Variant
 from zmlx.kernels.rope import Rope, bits, kind_of, rope_template
 from zmlx.kernels.rows import SIMD, check_floats, check_vectors, wide
@@ -158,7 +161,13 @@ def decode_attention(
     _check_arrays(q, k, v, keys, values, state)
     _check_options(q, keys, q_norm, k_norm, rope, sinks)
     backend = for_kernels(has_reference=False)
-    layout = Layout.of(q, keys, values.shape[3], state, window=window, splits=splits)
+    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
+    tensor = (
+        backend == "cuda"
+        and fits_tensor_cores(q, keys, values.shape[3], (q_norm, k_norm), rope, numbers)
+        and has_tensor_cores()
+    )
+    layout = Layout.of(q, keys, values.shape[3], state, window=window, splits=splits, tensor=tensor)
     variant = Variant(
         q_norm=q_norm is not None,
         k_norm=k_norm is not None,
@@ -167,6 +176,7 @@ def decode_attention(
         sinks=sinks is not None,
         after=after is not None,
         form=layout.form(backend),
+        tensor=tensor,
     )
     arrays = {
         "q": q,
@@ -182,7 +192,6 @@ def decode_attention(
         "counters": counters,
         "after": after,
     }
-    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
     return launched(variant, layout, backend, arrays, numbers, shape)
 
 

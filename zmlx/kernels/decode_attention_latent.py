@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.kernels.attention_launch import Layout, launched
+from zmlx.backend.capability import has_tensor_cores
+from zmlx.kernels.attention_launch import Layout, latents_fit_tensor_cores, launched
 from zmlx.kernels.attention_source import Variant
 from zmlx.kernels.rope import Rope, bits, kind_of, rope_template
 from zmlx.kernels.rows import SIMD, check_floats, check_vectors, wide
@@ -126,7 +127,13 @@ def decode_attention_latent(
         raise ValueError(f"rope rotates {rope.dims} elements; there are {rope_keys.shape[3]}")
     backend = for_kernels(has_reference=False)
     size, rope_size = latents.shape[3], rope_keys.shape[3]
-    layout = Layout.of(q, latents, size, state, rope_size=rope_size, splits=splits)
+    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
+    tensor = (
+        backend == "cuda"
+        and latents_fit_tensor_cores(q, latents, rope, numbers)
+        and has_tensor_cores()
+    )
+    layout = Layout.of(q, latents, size, state, rope_size=rope_size, splits=splits, tensor=tensor)
     variant = Variant(
         q_norm=False,
         k_norm=norm is not None,
@@ -136,6 +143,7 @@ def decode_attention_latent(
         after=after is not None,
         form=layout.form(backend),
         latent=True,
+        tensor=tensor,
     )
     arrays = {
         "q": q,
@@ -150,7 +158,6 @@ def decode_attention_latent(
         "counters": counters,
         "after": after,
     }
-    numbers = (("SCALE", bits(scale)), ("EPS", bits(eps)), *rope_template(rope))
     return launched(variant, layout, backend, arrays, numbers, shape)
 
 

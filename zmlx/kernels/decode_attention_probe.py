@@ -45,7 +45,9 @@ def _reference(
     *,
     scale: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    return decode_attention_reference(q, k, v, keys, values, _state(), **_options(norm, scale))
+    # On a GPU products in float32 may be of fewer bits.
+    with mx.stream(mx.cpu):
+        return decode_attention_reference(q, k, v, keys, values, _state(), **_options(norm, scale))
 
 
 def _options(norm: mx.array, scale: float) -> dict[str, Any]:

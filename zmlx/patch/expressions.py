@@ -5,7 +5,9 @@ Two are known:
     act(self.A(x)) * self.B(x)                 a gated product (SwiGLU, GeGLU), also through a
                                                function that returns just that of its two arguments
     y = self.E(x, i)                           a weighted combination of expert outputs, with an
-    z = (y * w[..., None]).sum(axis=-2)        optional .astype(...) after it
+    z = (y * w[..., None]).sum(axis=-2)        optional .astype(...) after it; also as mx.sum, with
+                                               mx.expand_dims(w, -1), with the product apart, or as
+                                               a function that returns just that
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import ast
 import sys
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
+
+import mlx.core as mx
 
 from zmlx.patch.forward import Forward, ForwardRefused, parse
 
@@ -36,10 +39,11 @@ class GatedProduct:
 
 @dataclass(frozen=True)
 class Combination:
-    """Expert outputs weighted and summed by two adjacent statements.
+    """Expert outputs weighted and summed by adjacent statements.
 
     Attributes:
         call: the statement `y = self.<experts>(x, indices)`.
+        product: the statement `v = y * weights[..., None]`, where it stands apart.
         combine: the statement that holds `node`.
         node: the expression `(y * weights[..., None]).sum(axis=-2)`, with its cast when the cast
             is to the dtype of `y` itself.
@@ -49,6 +53,7 @@ class Combination:
     """
 
     call: ast.Assign
+    product: ast.Assign | None
     combine: ast.stmt
     node: ast.expr
     experts: str
@@ -115,70 +120,177 @@ def combinations(forward: Forward) -> list[Combination]:
     for node in ast.walk(forward.tree):
         for body in (getattr(node, name, None) for name in ("body", "orelse")):
             if isinstance(body, list):
-                found += [c for c in (_combination(forward, *pair) for pair in pairwise(body)) if c]
+                for at in range(len(body) - 1):
+                    one = _combination(forward, body[at : at + 3])
+                    found += [one] if one else []
     return found
 
 
-def _combination(forward: Forward, first: ast.stmt, second: ast.stmt) -> Combination | None:
-    if not (
-        isinstance(first, ast.Assign)
-        and len(first.targets) == 1
-        and isinstance(first.targets[0], ast.Name)
-        and isinstance(first.value, ast.Call)
-        and len(first.value.args) == 2
-        and not first.value.keywords
-        and isinstance(second, ast.Assign | ast.Return)
-    ):
+def _combination(forward: Forward, statements: list[ast.stmt]) -> Combination | None:
+    first, second = statements[:2]
+    value = _assigned(first)
+    if not isinstance(value, ast.Call) or len(value.args) != 2 or value.keywords:
         return None
-    experts = _own_attribute(forward, first.value.func)
-    outputs = first.targets[0].id
-    if experts is None:
+    assert isinstance(first, ast.Assign)
+    experts, outputs = _own_attribute(forward, value.func), _target(first)
+    if experts is None or not isinstance(second, ast.Assign | ast.Return):
         return None
-    for node in ast.walk(second):
-        weights = _weighted_sum(node, outputs)
-        if weights is None or not isinstance(node, ast.Call):
+    call = (first, experts, value.args[0], value.args[1])
+    return _at_once(forward, call, outputs, second) or _apart(forward, call, outputs, statements)
+
+
+#: the statement that calls the experts, their attribute, x and indices
+_Call = tuple[ast.Assign, str, ast.expr, ast.expr]
+
+
+def _at_once(
+    forward: Forward, call: _Call, outputs: str, statement: ast.stmt
+) -> Combination | None:
+    """Find `(outputs * weights[..., None]).sum(axis=-2)` in a statement."""
+    for node in ast.walk(statement):
+        helped = _helper(forward, node, outputs)
+        summed = None if helped else _summed(forward, node)
+        weights = helped or (None if summed is None else _weights(forward, summed, outputs))
+        if weights is None:
             continue
-        cast = _cast_of(second, node)
+        assert isinstance(node, ast.expr)
+        cast = _cast_of(statement, node)
         keeps_dtype = cast is not None and ast.dump(cast.args[0]) == _dtype_of(outputs)
-        whole = cast if keeps_dtype and cast is not None else node
-        if _reads(forward.tree, outputs, after=first) != _reads(whole, outputs):
+        whole: ast.expr = cast if keeps_dtype and cast is not None else node
+        if _reads(forward.tree, outputs, after=call[0]) != _reads(whole, outputs):
             return None  # the outputs of the single experts are used elsewhere too
-        x, indices = first.value.args
-        return Combination(first, second, whole, experts, x, indices, weights, keeps_dtype)
+        first, experts, x, indices = call
+        keeps_dtype = keeps_dtype or helped is not None
+        return Combination(first, None, statement, whole, experts, x, indices, weights, keeps_dtype)
     return None
 
 
-def _weighted_sum(node: ast.AST, outputs: str) -> ast.expr | None:
-    """Return w of `(outputs * w[..., None]).sum(axis=-2)`, either order, or None."""
-    if not (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "sum"
-        and _is_axis(node, -2)
-        and isinstance(node.func.value, ast.BinOp)
-        and isinstance(node.func.value.op, ast.Mult)
-    ):
+def _apart(
+    forward: Forward, call: _Call, outputs: str, statements: list[ast.stmt]
+) -> Combination | None:
+    """Find `v = outputs * weights[..., None]` and then the sum of v."""
+    first, experts, x, indices = call
+    product, third = statements[1], statements[2] if len(statements) > 2 else None
+    value = _assigned(product)
+    weights = None if value is None else _weights(forward, value, outputs)
+    if weights is None or value is None or not isinstance(third, ast.Assign | ast.Return):
         return None
-    left, right = node.func.value.left, node.func.value.right
-    for value, weight in ((left, right), (right, left)):
-        if isinstance(value, ast.Name) and value.id == outputs:
-            return _expanded(weight)
+    assert isinstance(product, ast.Assign)
+    name = _target(product)
+    for node in ast.walk(third):
+        summed = _summed(forward, node)
+        if not isinstance(summed, ast.Name) or summed.id != name:
+            continue
+        assert isinstance(node, ast.expr)
+        once = _reads(forward.tree, outputs, after=first) == _reads(value, outputs)
+        if not once or _reads(forward.tree, name, after=product) != 1:
+            return None
+        return Combination(first, product, third, node, experts, x, indices, weights, False)
     return None
 
 
-def _expanded(node: ast.expr) -> ast.expr | None:
-    """Return e of `e[..., None]` or `e[..., None].astype(t)` (as `e.astype(t)`), or None."""
+def _assigned(statement: ast.stmt) -> ast.expr | None:
+    """Return e of `name = e`, else None."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    return statement.value if isinstance(statement.targets[0], ast.Name) else None
+
+
+def _target(statement: ast.Assign) -> str:
+    target = statement.targets[0]
+    assert isinstance(target, ast.Name)
+    return target.id
+
+
+def _summed(forward: Forward, node: ast.AST) -> ast.expr | None:
+    """Return e of `e.sum(axis=-2)` or `mx.sum(e, axis=-2)`, else None."""
+    if not isinstance(node, ast.Call):
+        return None
+    if node.args and forward.resolve(node.func) is mx.sum:
+        rest = ast.Call(node.func, node.args[1:], node.keywords)
+        return node.args[0] if _is_axis(rest, -2) else None
+    if isinstance(node.func, ast.Attribute) and node.func.attr == "sum" and _is_axis(node, -2):
+        return node.func.value
+    return None
+
+
+def _weights(forward: Forward, product: ast.expr, outputs: str) -> ast.expr | None:
+    """Return w of `outputs * w[..., None]`, either order, or None."""
+    if not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
+        return None
+    for value, weight in (
+        (product.left, product.right),
+        (product.right, product.left),
+    ):
+        if isinstance(value, ast.Name) and value.id == outputs:
+            return _expanded(forward, weight)
+    return None
+
+
+def _expanded(forward: Forward, node: ast.expr) -> ast.expr | None:
+    """Return e of `e[..., None]` or `mx.expand_dims(e, -1)`, or None.
+
+    With a cast behind it, e is `e.astype(t)`. A name that is assigned such an expression, and
+    nothing else, is w of `w.squeeze(-1)`.
+    """
     if isinstance(node, ast.Subscript):
         return node.value if ast.unparse(node.slice) == "(..., None)" else None
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "astype"
-    ):
-        inner = _expanded(node.func.value)
-        if inner is not None:
-            function = ast.Attribute(inner, "astype", ast.Load())
+    if isinstance(node, ast.Name):
+        stores = [s for s in ast.walk(forward.tree) if isinstance(s, ast.Assign | ast.AugAssign)]
+        values = [s.value for s in stores if node.id in _names_stored(s)]
+        if len(values) != 1 or node.id in forward.parameters:
+            return None
+        if _expanded_here(forward, values[0]) is None:
+            return None
+        squeeze = ast.Attribute(node, "squeeze", ast.Load())
+        return ast.Call(squeeze, [ast.Constant(-1)], [])
+    return _expanded_here(forward, node)
+
+
+def _expanded_here(forward: Forward, node: ast.expr) -> ast.expr | None:
+    if not isinstance(node, ast.Call):
+        return None
+    if forward.resolve(node.func) is mx.expand_dims and node.args:
+        rest = ast.Call(node.func, node.args[1:], node.keywords)
+        return node.args[0] if _is_axis(rest, -1) else None
+    if isinstance(node.func, ast.Attribute) and node.func.attr == "astype":
+        inner = node.func.value
+        expanded = None if isinstance(inner, ast.Name) else _expanded(forward, inner)
+        if expanded is not None:
+            function = ast.Attribute(expanded, "astype", ast.Load())
             return ast.Call(function, node.args, node.keywords)
+    return None
+
+
+def _names_stored(statement: ast.Assign | ast.AugAssign) -> set[str]:
+    return {
+        node.id
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def _helper(forward: Forward, node: ast.AST, outputs: str) -> ast.expr | None:
+    """Return w of `f(outputs, w)`, where f(y, w) is a weighted sum cast to the dtype of y."""
+    if not isinstance(node, ast.Call) or len(node.args) != 2 or node.keywords:
+        return None
+    value, weights = node.args
+    if not isinstance(value, ast.Name) or value.id != outputs:
+        return None
+    try:
+        helper = parse(forward.resolve(node.func))
+    except ForwardRefused:
+        return None
+    body = _without_docstring(helper.tree.body)
+    if len(body) != 1 or not isinstance(body[0], ast.Return) or len(helper.parameters) != 2:
+        return None
+    y, w = helper.parameters
+    for inner in ast.walk(body[0]):
+        summed = _summed(helper, inner)
+        found = None if summed is None else _weights(helper, summed, y)
+        cast = None if found is None else _cast_of(body[0], inner)
+        if cast is not None and cast is body[0].value and ast.dump(cast.args[0]) == _dtype_of(y):
+            return weights if isinstance(found, ast.Name) and found.id == w else None
     return None
 
 

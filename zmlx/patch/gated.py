@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from zmlx.kernels.quantized import QUANTIZED_GLU
+from zmlx.kernels.vectors.fused import few_rows
 from zmlx.patch.activations import product_kernel
 from zmlx.patch.expressions import GatedProduct, gated_products
 from zmlx.patch.forward import ForwardRefused, expression, own_forward, rewritten
@@ -67,7 +68,7 @@ class GatedMLP(PatchPattern):
         def members(base: type) -> dict[str, Any]:
             return {
                 "__call__": _rewritten(base, site),
-                "_zmlx_ready": _ready,
+                "_zmlx_ready": _ready if config.backend == "cpu" else _ready_for_few,
                 "_zmlx_glu": _product(spec.implementation(config.backend), site),
             }
 
@@ -94,16 +95,21 @@ def _rewritten(base: type, site: GatedProduct) -> Any:
     holes = {"x": site.x}
     fused = expression(
         f"self._zmlx_glu(self.{site.gate}, self.{site.up}, x)"
-        f" if self._zmlx_ready(self.{site.gate}, self.{site.up}) else stock",
+        f" if self._zmlx_ready(self.{site.gate}, self.{site.up}, x) else stock",
         **holes,
         stock=site.node,
     )
     return rewritten(own_forward(base), {site.node: fused})
 
 
-def _ready(self: Any, gate: Any, up: Any) -> bool:
+def _ready(self: Any, gate: Any, up: Any, x: mx.array) -> bool:
     """Whether both layers are still the library's own: an adapter may have wrapped one since."""
     return not self._training and library_class(gate) in _LINEAR and library_class(up) in _LINEAR
+
+
+def _ready_for_few(self: Any, gate: Any, up: Any, x: mx.array) -> bool:
+    """The same on GPUs, whose kernels take few rows: prompts run what stood here before."""
+    return few_rows(x) and _ready(self, gate, up, x)
 
 
 def _product(kernel: Callable[..., mx.array], site: GatedProduct) -> Any:

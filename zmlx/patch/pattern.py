@@ -78,6 +78,9 @@ class PatchPattern(ABC):
 
     #: patterns with a lower order look at a model first; blocks come before the parts they hold
     order: int = 1
+    #: why it is tried only where it is named, by a caller or in a profile's `include`; empty for a
+    #: pattern that is always tried
+    opt_in: str = ""
 
     @abstractmethod
     def name(self) -> str:

@@ -52,7 +52,9 @@ class Plan:
 
 
 def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request) -> Plan:
-    """Examine every module with every pattern.
+    """Examine every module with every pattern that is wanted.
+
+    Patterns with `opt_in` are wanted where the caller or the profile names them.
 
     Args:
         model: a loaded model; it is not changed.
@@ -67,6 +69,8 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
     proposals: dict[int, tuple[nn.Module, Proposal, str]] = {}
     modules = list(_modules(model))
     for pattern in request.patterns:
+        if pattern.opt_in and not (request.explicit or policy.names(pattern.name(), family.name)):
+            continue
         judge = _Judge(pattern.name(), family, policy, request)
         for position, (path, module, parent) in enumerate(modules):
             verdict = pattern.examine(module, path, parent, judge.config)

@@ -110,6 +110,10 @@ class Policy:
             return False, self._because(f"does not include {pattern}", "include")
         return self._admitted(contract)
 
+    def names(self, pattern: str, family: str) -> bool:
+        """Say whether a pattern is named, as those must be that are used only when asked for."""
+        return pattern in (*self.include, *self.families.get(family, {}).get("include", ()))
+
     def options(self, pattern: str, family: str) -> dict[str, Any]:
         """Return the options of a pattern on a family."""
         of_family = self.families.get(family, {}).get("options", {})

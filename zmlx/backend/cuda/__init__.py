@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import mlx.core as mx
-
+from zmlx.backend.cuda.handwritten import own_body, own_launch
 from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
@@ -18,26 +15,15 @@ __all__ = ["CudaSource", "TranslationError", "Variant", "compiled", "text", "tra
 def compiled(definition: Definition) -> Launch:
     """Return a definition as a function of arrays on CUDA.
 
-    A body written for CUDA by hand (`definition.cuda`) is taken as it is, with `cuda_header` and
-    without the prelude: it gets what `mx.fast.cuda_kernel` gives, whole blocks included.
+    A body written for CUDA by hand (`definition.cuda`) is taken as it is where the device has what
+    it needs.
 
     Raises:
         TranslationError: the source holds something that CUDA has not; the text says what, where.
         RuntimeError: this MLX has no CUDA.
     """
-    if definition.cuda is None:
-        return launch_of(definition)
-    return cast(
-        Launch,
-        mx.fast.cuda_kernel(
-            name=definition.name,
-            input_names=list(definition.input_names),
-            output_names=list(definition.output_names),
-            source=definition.cuda,
-            header=definition.cuda_header,
-            ensure_row_contiguous=definition.ensure_row_contiguous,
-        ),
-    )
+    body = own_body(definition)
+    return launch_of(definition) if body is None else own_launch(definition, body)
 
 
 def translated(definition: Definition, variant: Variant | None = None) -> CudaSource:
@@ -46,6 +32,6 @@ def translated(definition: Definition, variant: Variant | None = None) -> CudaSo
     Raises:
         TranslationError: as for `compiled`.
     """
-    if definition.cuda is not None:
-        return CudaSource(definition.cuda_header, definition.cuda, definition.input_names)
+    if (body := own_body(definition)) is not None:
+        return CudaSource(body.header, body.source, definition.input_names)
     return Translation(definition).source(variant or Variant())

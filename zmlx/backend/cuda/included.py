@@ -35,9 +35,10 @@ def shortened(source: CudaSource, name: str) -> CudaSource:
 
 def _header(header: str, name: str) -> str:
     prelude = f'#include "{PRELUDE}"\n'
-    if len(header) < LONG or not header.startswith(prelude):
+    if len(header) < LONG:
         return header
-    return f'{prelude}#include "{_file(header.removeprefix(prelude), name)}"\n'
+    rest = header.removeprefix(prelude)
+    return f'{prelude if rest != header else ""}#include "{_file(rest, name)}"\n'
 
 
 def _body(source: CudaSource, name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
+from zmlx.backend.cuda.addresses import Addresses, Forms, current
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
@@ -70,6 +71,9 @@ def launch_of(definition: Definition) -> Launch:
         kernel = common if key is None else known.get(key) or variants.get(Variant(*key))
         if constants and template is not None:
             template = [item for item in template if item not in constants]
+        held = current()
+        if held is not None:
+            kernel, inputs = variants.by_address(held, key or (False, (), ()), inputs, kernel)
         return kernel(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -96,23 +100,36 @@ class _Variants:
         self._translation = Translation(definition)
         self.kernels: dict[tuple[Any, ...], _Kernel] = {}
         self.watched = self._translation.watched
+        self._forms = Forms(self._made, self._translation.asks_about)
 
     def get(self, variant: Variant) -> _Kernel:
         """Return the kernel of a variant."""
         kernel = self.kernels.get(variant)
         if kernel is None:
-            definition = self._translation.definition
-            source = shortened(self._translation.source(variant), definition.name)
-            made = mx.fast.cuda_kernel(
-                name=definition.name,
-                input_names=list(source.input_names),
-                output_names=list(definition.output_names),
-                source=source.body,
-                header=source.header,
-                ensure_row_contiguous=definition.ensure_row_contiguous,
-            )
-            kernel = self.kernels[variant] = cast(_Kernel, made)
+            kernel = self.kernels[variant] = self._made(variant)
         return kernel
+
+    def _made(self, variant: Variant, told: str = "", names: Sequence[str] = ()) -> _Kernel:
+        """Return a kernel; with `told` before its body, and inputs `names`, if they are given."""
+        definition = self._translation.definition
+        source = shortened(self._translation.source(variant), definition.name)
+        made = mx.fast.cuda_kernel(
+            name=definition.name,
+            input_names=list(names or source.input_names),
+            output_names=list(definition.output_names),
+            source=told + source.body,
+            header=source.header,
+            ensure_row_contiguous=definition.ensure_row_contiguous,
+        )
+        return cast(_Kernel, made)
+
+    def by_address(
+        self, held: Addresses, key: tuple[Any, ...], inputs: Sequence[Any], kernel: _Kernel
+    ) -> tuple[_Kernel, Sequence[Any]]:
+        """Return a kernel that takes inputs by address, and its inputs."""
+        variant = Variant(*key)
+        names = self._translation.source(variant).input_names
+        return self._forms.choose(held, variant, names, inputs, kernel)
 
     def check(self, inputs: Sequence[Any], grid: _Size, threadgroup: _Size) -> None:
         """See whether a call can be launched; a grid may be empty.

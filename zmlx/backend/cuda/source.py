@@ -67,6 +67,10 @@ class Translation:
         """The identifiers in the kernel's body."""
         return names_in(self.definition.source)
 
+    def asks_about(self, name: str) -> bool:
+        """Return whether the kernel uses an input's shape, strides or number of dimensions."""
+        return any(f"{name}_{what}" in self.names for what in ("shape", "strides", "ndim"))
+
     @cached_property
     def watched(self) -> tuple[int, ...]:
         """Inputs for which it matters whether they have dimensions."""

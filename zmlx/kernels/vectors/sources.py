@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from zmlx.backend.definition import Definition
-from zmlx.kernels.vectors import text
+from zmlx.backend.definition import CudaBody, Definition
+from zmlx.kernels.vectors import tensor_cores, text
 from zmlx.kernels.vectors.formats import Format, format_of
 from zmlx.kernels.vectors.tiling import GROUPS, MOST, Tiling
 from zmlx.kernels.vectors.weights import Weight
@@ -104,14 +104,33 @@ def product_definition(product: Product) -> Definition:
         text.ERF if product.activation == "gelu" else "",
     ]
     outputs = [f"y{number}" for number in range(len(product.outputs))]
-    return definition_of("product", names, outputs, _product_source(product), "".join(header))
+    cuda = tensor_cores.body(
+        tensor_cores.Launch(
+            weights=product.weights,
+            dtype=product.dtype,
+            vectors=product.tokens,
+            matrices=product.matrices,
+            activation=product.activation,
+            chosen=product.chosen,
+            own=product.own,
+            eps=product.eps,
+            residual=product.residual,
+        )
+    )
+    source = _product_source(product)
+    return definition_of("product", names, outputs, source, "".join(header), cuda)
 
 
 def definition_of(
-    what: str, names: Sequence[str], outputs: Sequence[str], source: str, header: str
+    what: str,
+    names: Sequence[str],
+    outputs: Sequence[str],
+    source: str,
+    header: str,
+    cuda: CudaBody | None,
 ) -> Definition:
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:12]
-    return Definition(f"{what}_{digest}", tuple(names), tuple(outputs), source, header)
+    return Definition(f"{what}_{digest}", tuple(names), tuple(outputs), source, header, cuda=cuda)
 
 
 def _product_source(product: Product) -> str:

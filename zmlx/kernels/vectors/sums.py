@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from zmlx.backend.definition import Definition
-from zmlx.kernels.vectors import text
+from zmlx.kernels.vectors import tensor_cores, text
 from zmlx.kernels.vectors.formats import Format, format_of
 from zmlx.kernels.vectors.sources import (
     PLACE,
@@ -63,7 +63,17 @@ def combination_definition(sum_of: Combination) -> Definition:
         text.USE,
     ]
     source = PLACE + _terms(sum_of, form) + _summed(sum_of)
-    return definition_of("combination", names, ["y"], source, "".join(header))
+    cuda = tensor_cores.body(
+        tensor_cores.Launch(
+            weights=(weight,),
+            dtype=sum_of.dtype,
+            vectors=sum_of.tokens,
+            terms=sum_of.chosen,
+            shared=sum_of.shared,
+            residual=sum_of.residual,
+        )
+    )
+    return definition_of("combination", names, ["y"], source, "".join(header), cuda)
 
 
 def _terms(sum_of: Combination, form: Format) -> str:

@@ -23,14 +23,8 @@ import mlx.nn as nn
 
 from zmlx.kernels.fast import ATTENTION, RMS_NORM, ROPE
 from zmlx.kernels.spec import KernelSpec
-from zmlx.patch.forward import (
-    Forward,
-    ForwardRefused,
-    expression,
-    own_forward,
-    parse,
-    rewritten,
-)
+from zmlx.patch.calls import plain_calls, redirected
+from zmlx.patch.forward import Forward, ForwardRefused, own_forward, parse, rewritten
 from zmlx.patch.pattern import KernelUse, PatchConfig, PatchPattern, Proposal, Refused
 
 OPTIONS: dict[str, str] = {
@@ -81,15 +75,12 @@ def sites(forward: Forward, inside: bool = False) -> tuple[Site, ...]:
             are followed one level deep.
     """
     found = []
-    for node in ast.walk(forward.tree):
-        if not isinstance(node, ast.Call) or any(k.arg in (None, "stream") for k in node.keywords):
-            continue
-        function = forward.resolve(node.func)
+    for call, function in plain_calls(forward):
         name = fast_function(function)
         if name is not None:
-            found.append(Site(node, name))
+            found.append(Site(call, name))
         elif not inside and _chooses_attention(function):
-            found.append(Site(node, ATTENTION.name, function))
+            found.append(Site(call, ATTENTION.name, function))
     return tuple(found)
 
 
@@ -139,18 +130,11 @@ class FastOps(PatchPattern):
 
 
 def _members(forward: Forward, found: list[Site], backend: str) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    substitutions: dict[ast.AST, ast.AST] = {}
+    calls = []
     for site in found:
         function = _replacement(_SPECS[site.kernel], site.through, backend)
-        name = f"_zmlx_{getattr(site.through, '__name__', site.kernel)}"
-        members[name] = staticmethod(function)
-        own = forward.parameters[0]
-        substitutions[site.call.func] = expression(
-            f"stock if {own}._training else {own}.{name}", stock=site.call.func
-        )
-    members["__call__"] = rewritten(forward, substitutions)
-    return members
+        calls.append((site.call, getattr(site.through, "__name__", site.kernel), function))
+    return redirected(forward, calls)
 
 
 def _replacement(spec: KernelSpec, through: Any, backend: str) -> Callable[..., mx.array]:

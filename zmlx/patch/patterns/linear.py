@@ -6,7 +6,7 @@ After    one kernel each, sums in float32, bias added before the only rounding.
 
 Also `Embedding.as_linear` and the products per head of latent attention (MultiLinear): routers of
 quantized models, and models that are not quantized. Layers in training mode run the stock
-operation.
+operation. On GPUs MLX's own operations stay: they have float32 sums too.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ After    one kernel each, sums in float32, bias added before the only rounding.
 Also `QuantizedEmbedding.as_linear`, the output projection of models with tied embeddings, and the
 products per head of latent attention (QuantizedMultiLinear). All modes of `mx.quantize`. Layers in
 training mode, and shapes or dtypes that a kernel does not take, run the stock operation.
+
+On GPUs only large weights are replaced, in effect the output head, for up to 8 rows; why is said in
+`zmlx.patch.layers`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from zmlx.patch.pattern import PatchConfig, Proposal, Refused
 OPTIONS: dict[str, str] = {
     # bits that activations may be rounded to, 8 or 16, where that is faster
     "activation_bits": "int",
+    # on GPUs: MiB of a weight from which on it is replaced
+    "least_mib": "int",
 }
 
 

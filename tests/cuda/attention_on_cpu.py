@@ -1,0 +1,56 @@
+"""What attention's bodies for tensor cores get on the CPU instead of the instructions of a GPU."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from warp_program import kernels_on_cpu
+
+from zmlx.backend.cuda import handwritten
+from zmlx.backend.launch import forget
+from zmlx.kernels import attention_launch
+from zmlx.kernels.attention_tensor_source import PRIMITIVES
+
+ON_CPU = """
+#define UNROLL
+namespace attention {
+struct alignas(16) Piece { unsigned word[4]; };
+inline Piece streamed(const void* from) { return *(const Piece*)from; }
+inline Piece taken(const void* from) { return *(const Piece*)from; }
+inline int taken_number(const int* from) { return *from; }
+template <typename T>
+T* placed(T* rows, int row, int stride) { return rows + int64_t(row) * stride; }
+template <typename T>
+void mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
+         T kind) {
+  mma_16_8_16(c, a0, a1, a2, a3, b0, b1, kind);
+}
+template <typename T>
+unsigned packed(float low, float high, T kind) {
+  return narrow(low, kind) | unsigned(narrow(high, kind)) << 16;
+}
+inline float2 unpacked(unsigned pair, __half kind) {
+  return {wide(pair & 0xffff, kind), wide(pair >> 16, kind)};
+}
+inline float power_of_two(float x) { return std::exp2(x); }
+inline int counted(int* counter) { return (*counter)++; }
+inline float from_bits(unsigned x) { return std::bit_cast<float>(x); }
+}
+"""
+
+
+def run_on_warps(monkeypatch, module, *, backwards):
+    """Yield while what a module sends to CUDA runs on the CPU; afterwards counters must be zero."""
+
+    def header(text):
+        assert text.startswith(PRIMITIVES)
+        return ON_CPU + text.removeprefix(PRIMITIVES)
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", kernels_on_cpu(header, lambda: backwards))
+    monkeypatch.setattr(handwritten, "shortened", lambda source, name: source)
+    monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
+    monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
+    forget()
+    yield
+    for _, counters in attention_launch._COUNTERS.made:
+        assert not mx.any(counters).item()
+    forget()
