@@ -132,7 +132,7 @@ def recorded(model: nn.Module, context: int = CONTEXT) -> Recorded | None:
         graph, regions = trace_compiled(part, mx.zeros((1, 1), mx.uint32), *part.arrays)
         try:
             layout = Layout.of(cache)
-            step = traced_step(lambda x, c, m=module: m(x, cache=c), layout, mx.uint32)  # type: ignore[misc]
+            step = traced_step(lambda x, c, m=module: m(x, cache=c), layout, mx.uint32, tried=False)  # type: ignore[misc]
         except (ProgramRefused, TraceError):
             return None
         # What is replayed is joined by mx.compile.

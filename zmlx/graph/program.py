@@ -52,13 +52,17 @@ class Traced:
     kinds: tuple[Kind, ...]
 
 
-def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) -> Traced:
+def traced_step(
+    forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32, *, tried: bool = True
+) -> Traced:
     """Trace and rewrite a step of one token.
 
     Args:
         forward: the model's forward, unpatched.
         layout: its caches.
         dtype: of the tokens.
+        tried: whether fused operations are compared with what they stand for; without that nothing
+            but small constants is computed.
 
     Raises:
         ProgramRefused: more than caches and numbers depends on the position, or the caches are not
@@ -66,17 +70,20 @@ def traced_step(forward: Forward, layout: Layout, dtype: mx.Dtype = mx.int32) ->
         TraceError: it cannot be traced.
         WrongResult: a kernel does not compute what the model does.
     """
-    first, *others = (_at(forward, layout, dtype, position) for position in layout.positions())
+    first, *others = (
+        _at(forward, layout, dtype, position, tried=tried) for position in layout.positions()
+    )
     for other in others:
         unlike = difference(first.graph, other.graph)
         if unlike is not None:
             raise ProgramRefused(f"the position is used for more than the cache: {unlike}")
     graph = fuse_products(fuse_experts(first.graph))
-    probe(first.graph, graph)
+    if tried:
+        probe(first.graph, graph)
     return Traced(settled(fuse_small(fold_constants(graph))), first.kinds)
 
 
-def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Traced:
+def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int, *, tried: bool) -> Traced:
     def step(tokens: mx.array, *given: mx.array) -> list[mx.array]:
         caches = layout.caches(position, given)
         hidden = forward(tokens, layout.listed(caches))
@@ -85,6 +92,8 @@ def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Tra
         return [hidden, *held_arrays(caches)]
 
     graph = trace(step, mx.zeros((1, 1), dtype), *layout.inputs(position))
+    if tried:
+        graph = _in_rows(graph)
     hidden, *held = graph.outputs
     given = graph.inputs[1:]
     places = _places(graph, layout, position)
@@ -96,10 +105,17 @@ def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int) -> Tra
             raise ProgramRefused(f"an array of a cache becomes {after.shape} from {before.shape}")
     fused = fuse_attention(graph, position, places, Value(hidden.shape, hidden.dtype, "after"))
     _check_writes(fused, places)
-    if position == layout.positions()[0]:
+    if tried and position == layout.positions()[0]:
         states = {place.state: mx.array(place.numbers, mx.int32) for place in places.values()}
         probe(graph, fused.graph, states, fused.written)
     return Traced(fused.graph, tuple(dict.fromkeys(filter(None, layout.kinds))))
+
+
+def _in_rows(graph: Graph) -> Graph:
+    """Return a graph whose constants lie in row order, as kernels read them; most do already."""
+    held = {value: mx.contiguous(array) for value, array in graph.constants.items()}
+    mx.eval(list(held.values()))
+    return Graph(graph.inputs, graph.outputs, held, graph.nodes)
 
 
 def _check_writes(fused: Fused, places: dict[Value, Place]) -> None:

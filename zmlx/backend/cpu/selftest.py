@@ -25,6 +25,14 @@ FORMS = (
     ("dense", 0, 0),
 )
 
+_PRODUCTS = (
+    "quantized_matmul",
+    "quantized_glu",
+    "gather_quantized_matmul",
+    "gather_quantized_glu",
+    "gather_quantized_combine",
+)
+
 
 def failures(library: ModuleType) -> list[str]:
     """Return one line for each operation and format that is off by more than float32 rounding."""
@@ -66,20 +74,28 @@ def _cases(library: ModuleType, form: dict[str, Any]) -> list[tuple[str, mx.arra
     y = x @ values.T
     routed = (x[:, None, None, :] @ each[indices].swapaxes(-1, -2)).squeeze(-2)
     h = x[:, None, :]
-    matmul = library.quantized_matmul(x, *one, **form)
-    glu = library.quantized_glu(x, *one, *one, activation="silu", **both)
-    gather = library.gather_quantized_matmul(h[..., None, :], *experts, indices, **form)
-    gather_glu = library.gather_quantized_glu(
-        x, indices, *experts, *experts, activation="silu", **both
-    )
-    combine = library.gather_quantized_combine(h, indices, weights, *experts, **form)
-    return [
-        ("quantized_matmul", matmul, y),
-        ("quantized_glu", glu, y * mx.sigmoid(y) * y),
-        ("gather_quantized_matmul", gather.squeeze(-2), routed),
-        ("gather_quantized_glu", gather_glu, routed * mx.sigmoid(routed) * routed),
-        ("gather_quantized_combine", combine, (routed * weights[..., None]).sum(axis=-2)),
-    ]
+    found = []
+    # With float32 results the forms for short activations keep all of them.
+    for suffix in ("", "_a8"):
+        call = {name: getattr(library, name + suffix) for name in _PRODUCTS}
+        matmul = call["quantized_matmul"](x, *one, **form)
+        glu = call["quantized_glu"](x, *one, *one, activation="silu", **both)
+        gather = call["gather_quantized_matmul"](h[..., None, :], *experts, indices, **form)
+        gather_glu = call["gather_quantized_glu"](
+            x, indices, *experts, *experts, activation="silu", **both
+        )
+        combine = call["gather_quantized_combine"](h, indices, weights, *experts, **form)
+        results = (matmul, glu, gather.squeeze(-2), gather_glu, combine)
+        truths = (
+            y,
+            y * mx.sigmoid(y) * y,
+            routed,
+            routed * mx.sigmoid(routed) * routed,
+            (routed * weights[..., None]).sum(axis=-2),
+        )
+        names = [name + suffix for name in _PRODUCTS]
+        found += list(zip(names, results, truths, strict=True))
+    return found
 
 
 def main(path: str) -> int:
