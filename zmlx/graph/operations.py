@@ -57,6 +57,15 @@ def run(
         ValueError: the arrays do not fit the graph's inputs, or a node made others than it says.
     """
     _check(graph, arrays)
+    return built(graph, arrays, replaced)
+
+
+def built(
+    graph: Graph,
+    arrays: Sequence[mx.array],
+    replaced: Mapping[Value, mx.array] | None = None,
+) -> list[mx.array]:
+    """Build a graph as `run` does, on arrays that may have other lengths than the traced ones."""
     held: dict[Value, mx.array] = {**graph.constants, **(replaced or {})}
     held.update(zip(graph.inputs, arrays, strict=True))
     for node in graph.nodes:

@@ -24,7 +24,7 @@ from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.graph.caches import Layout, ProgramRefused, held_arrays, is_plain, leaves
 from zmlx.graph.lending import Chain, Kind, advance, lend, place
 from zmlx.graph.nodes import Graph, Value
-from zmlx.graph.operations import FUSED, emit
+from zmlx.graph.operations import FUSED, built
 from zmlx.graph.probing import WrongResult, probe
 from zmlx.graph.rewrite.attention import Fused, Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
@@ -252,11 +252,11 @@ class _Build:
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         if for_kernels(has_reference=False) != "cuda":
-            return _run(self._graph, *arrays)
+            return built(self._graph, arrays)
         if self._addresses is None:
             self._addresses = Addresses(self._graph.constants.values())
         with in_force(self._addresses):
-            return _run(self._graph, *arrays)
+            return built(self._graph, arrays)
 
 
 def _evaluated(result: mx.array) -> mx.array:
@@ -264,12 +264,3 @@ def _evaluated(result: mx.array) -> mx.array:
     result = result.astype(mx.float32)
     mx.eval(result)
     return result
-
-
-def _run(graph: Graph, *arrays: mx.array) -> list[mx.array]:
-    """Build the graph on arrays; those of caches may be longer than the traced ones."""
-    held: dict[Value, mx.array] = dict(graph.constants)
-    held.update(zip(graph.inputs, arrays, strict=True))
-    for node in graph.nodes:
-        held.update(zip(node.outputs, emit(node, [held[v] for v in node.inputs]), strict=True))
-    return [held[value] for value in graph.outputs]

@@ -7,21 +7,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from zmlx.backend.capability import architecture
 from zmlx.backend.cuda.addresses import Forms, current
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
 from zmlx.backend.definition import CudaBody, Definition, Launch
-
-#: More than any device has: what counts where there is none, and texts are only looked at.
-_ANY = 10000
-
-
-def architecture() -> int:
-    """Return the compute capability of the device, times ten."""
-    if not mx.cuda.is_available():
-        return _ANY
-    facts = mx.device_info(mx.Device(mx.gpu))
-    return 10 * int(facts["compute_capability_major"]) + int(facts["compute_capability_minor"])
 
 
 def own_body(definition: Definition) -> CudaBody | None:

@@ -12,7 +12,7 @@ numbers of both signs and all sizes that matter and compared with the formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +21,7 @@ import mlx.core as mx
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import emit
 from zmlx.graph.views import keeps_order, origin
+from zmlx.kernels.vectors.plain import activated
 
 _ELEMENTWISE = frozenset(
     {
@@ -51,20 +52,12 @@ class Gated:
     up: Value
 
 
-def _clipped(g: mx.array, u: mx.array) -> mx.array:
-    g = mx.minimum(g, 7.0)
-    return g * mx.sigmoid(1.702 * g) * (mx.clip(u, -7.0, 7.0) + 1)
-
-
-#: activation -> the operation that tells it from the others, its formula
-_FORMULAS: dict[str, tuple[str, Callable[[mx.array, mx.array], mx.array]]] = {
-    "clipped_swiglu": ("Minimum", _clipped),
-    "gelu": ("Erf", lambda g, u: g * (1 + mx.erf(g / 2**0.5)) / 2 * u),
-    "gelu_tanh": (
-        "Tanh",
-        lambda g, u: 0.5 * g * (1 + mx.tanh((2 / mx.pi) ** 0.5 * (g + 0.044715 * g**3))) * u,
-    ),
-    "silu": ("Sigmoid", lambda g, u: g * mx.sigmoid(g) * u),
+#: activation -> the operation that tells it from the others; the first that is there counts
+_TOLD_BY = {
+    "clipped_swiglu": "Minimum",
+    "gelu": "Erf",
+    "gelu_tanh": "Tanh",
+    "silu": "Sigmoid",
 }
 
 
@@ -88,14 +81,15 @@ def gated(graph: Graph, result: Value, products: Sequence[Value]) -> Gated | Non
         return Gated("relu2", None, leaves[0]) if right else None
     if len(leaves) != 2:
         return None
-    for activation, (operation, formula) in _FORMULAS.items():
+    for activation, operation in _TOLD_BY.items():
         if operation in kinds:
             cuts = {"Maximum", "Minimum"} if activation == "clipped_swiglu" else frozenset()
             if not kinds & _CUTS <= cuts:
                 return None
+            truth = activated(activation, gates, ups)
             for gate, up in (leaves, leaves[::-1]):
                 given = {gate: gates, up: ups}
-                if _is_close(graph, nodes, result, given, formula(gates, ups)):
+                if _is_close(graph, nodes, result, given, truth):
                     return Gated(activation, gate, up)
             return None
     return None
