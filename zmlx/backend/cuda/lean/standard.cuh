@@ -132,28 +132,36 @@ struct remove_pointer<T* const volatile> {
 template <class T>
 using remove_pointer_t = typename remove_pointer<T>::type;
 
+// Enumerators: every variable, used or not, ends up in the binary.
 template <class A, class B>
-inline constexpr bool is_same_v = false;
+struct same {
+  enum : bool { value = false };
+};
 template <class T>
-inline constexpr bool is_same_v<T, T> = true;
+struct same<T, T> {
+  enum : bool { value = true };
+};
+template <class A, class B>
+inline constexpr bool is_same_v = same<A, B>::value;
 template <class A, class B>
 struct is_same : bool_constant<is_same_v<A, B>> {};
 
 template <class T, class... Among>
-inline constexpr bool is_one_of = (is_same_v<remove_cv_t<T>, Among> || ...);
+constexpr bool is_one_of() {
+  return (bool(same<remove_cv_t<T>, Among>::value) || ...);
+}
 template <class T>
-inline constexpr bool is_void_v = is_one_of<T, void>;
+inline constexpr bool is_void_v = is_one_of<T, void>();
 template <class T>
-inline constexpr bool is_floating_point_v = is_one_of<T, float, double, long double>;
+inline constexpr bool is_floating_point_v = is_one_of<T, float, double, long double>();
 template <class T>
 inline constexpr bool is_integral_v =
     is_one_of<T, bool, char, signed char, unsigned char, wchar_t, char16_t, char32_t, short,
-              unsigned short, int, unsigned int, long, unsigned long, long long, unsigned long long,
-              __int128_t, __uint128_t>;
+              unsigned short, int, unsigned int, long, unsigned long, long long, unsigned long long>();
 template <class T>
 inline constexpr bool is_arithmetic_v = is_integral_v<T> || is_floating_point_v<T>;
 template <class T>
-inline constexpr bool is_pointer_v = !is_same_v<remove_pointer_t<T>, T>;
+inline constexpr bool is_pointer_v = !same<remove_pointer_t<T>, T>::value;
 template <class T>
 inline constexpr bool is_lvalue_reference_v = false;
 template <class T>
@@ -271,15 +279,16 @@ struct array {
 
 // ---- limits --------------------------------------------------------------------------------------
 
+template <class T, bool = is_integral_v<T>>
+struct limits;
 template <class T>
-struct numeric_limits;
-template <class T>
-struct numeric_limits<const T> : numeric_limits<T> {};
+struct numeric_limits : limits<remove_cv_t<T>> {};
 
 template <class T>
-struct integer_limits {
+struct limits<T, true> {
   static constexpr bool is_specialized = true, is_integer = true, is_exact = true;
-  static constexpr bool is_signed = is_signed_v<T>, is_modulo = !is_signed && !is_same_v<T, bool>, is_bounded = true;
+  static constexpr bool is_signed = is_signed_v<T>, is_bounded = true;
+  static constexpr bool is_modulo = !is_signed && !is_same_v<T, bool>;
   static constexpr bool has_infinity = false, has_quiet_NaN = false, has_signaling_NaN = false;
   static constexpr int radix = 2;
   static constexpr int digits = is_same_v<T, bool> ? 1 : 8 * int(sizeof(T)) - is_signed;
@@ -294,8 +303,23 @@ struct integer_limits {
   static constexpr T signaling_NaN() noexcept { return T(0); }
   static constexpr T denorm_min() noexcept { return T(0); }
 };
-template <class T, class Bits, int Digits, int Exponent>
-struct float_limits {
+// A float's bits, the digits of its fraction and its largest exponent; of no other type.
+template <class T>
+struct format;
+template <>
+struct format<float> {
+  using Bits = uint32_t;
+  enum { digits = 24, exponent = 128 };
+};
+template <>
+struct format<double> {
+  using Bits = uint64_t;
+  enum { digits = 53, exponent = 1024 };
+};
+template <class T>
+struct limits<T, false> {
+  using Bits = typename format<T>::Bits;
+  enum { Digits = format<T>::digits, Exponent = format<T>::exponent };
   static constexpr bool is_specialized = true, is_integer = false, is_exact = false;
   static constexpr bool is_signed = true, is_modulo = false, is_bounded = true, is_iec559 = true;
   static constexpr bool has_infinity = true, has_quiet_NaN = true, has_signaling_NaN = true;
@@ -303,8 +327,11 @@ struct float_limits {
   static constexpr int max_digits10 = 2 + Digits * 30103 / 100000;
   static constexpr int max_exponent = Exponent, min_exponent = 3 - Exponent;
   static constexpr T of(Bits bits) noexcept { return __builtin_bit_cast(T, bits); }
-  static constexpr Bits one = 1, implied = one << (Digits - 1);
-  static constexpr Bits infinite = Bits(2 * Exponent - 1) << (Digits - 1);
+  enum : Bits {
+    one = 1,
+    implied = one << (Digits - 1),
+    infinite = Bits(2 * Exponent - 1) << (Digits - 1)
+  };
   static constexpr T max() noexcept { return of(infinite - 1); }
   static constexpr T min() noexcept { return of(implied); }
   static constexpr T lowest() noexcept { return -max(); }
@@ -315,26 +342,5 @@ struct float_limits {
   static constexpr T signaling_NaN() noexcept { return of(infinite | implied >> 2); }
   static constexpr T denorm_min() noexcept { return of(one); }
 };
-
-#define ZMLX_INTEGER(TYPE) \
-  template <>              \
-  struct numeric_limits<TYPE> : integer_limits<TYPE> {};
-ZMLX_INTEGER(bool)
-ZMLX_INTEGER(char)
-ZMLX_INTEGER(signed char)
-ZMLX_INTEGER(unsigned char)
-ZMLX_INTEGER(short)
-ZMLX_INTEGER(unsigned short)
-ZMLX_INTEGER(int)
-ZMLX_INTEGER(unsigned int)
-ZMLX_INTEGER(long)
-ZMLX_INTEGER(unsigned long)
-ZMLX_INTEGER(long long)
-ZMLX_INTEGER(unsigned long long)
-#undef ZMLX_INTEGER
-template <>
-struct numeric_limits<float> : float_limits<float, uint32_t, 24, 128> {};
-template <>
-struct numeric_limits<double> : float_limits<double, uint64_t, 53, 1024> {};
 
 }  // namespace cuda::std
