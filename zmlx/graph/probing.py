@@ -8,10 +8,13 @@ formats, on inputs of ordinary size. What the graph did is computed in float32: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 
+from zmlx.backend import for_kernels
+from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.backend.outputs import together
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import FUSED, emit
@@ -72,7 +75,8 @@ def _probe(
     # Copies, for the others are read by what is compared.
     arrays = [inputs[v] + 0 if v in written else inputs[v] for v in node.inputs]
     mx.eval(truths, arrays)
-    results = list(together(node.arguments[0](*arrays)))
+    with _as_in_a_program(after.constants[v] for v in node.inputs if v in after.constants):
+        results = list(together(node.arguments[0](*arrays)))
     buffers = [array for v, array in zip(node.inputs, arrays, strict=True) if v in written]
     if buffers:
         results += mx.depends(buffers, results)
@@ -82,6 +86,13 @@ def _probe(
             raise WrongResult(
                 f"{node.op[len(FUSED) :]} differs from MLX's operations by {error:.2g}"
             )
+
+
+def _as_in_a_program(constants: Iterable[mx.array]) -> AbstractContextManager[None]:
+    """Have kernels take constants as a program's do, so that what is tried is what runs."""
+    if for_kernels(has_reference=False) != "cuda":
+        return nullcontext()
+    return in_force(Addresses(constants))
 
 
 def _random(value: Value, seed: int, experts: int) -> mx.array:
