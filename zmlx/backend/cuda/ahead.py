@@ -70,8 +70,8 @@ class Kernel:
         whole: the text before parts of it went into files, by default the same.
 
     Attributes:
-        run: what MLX made of it. Before a call with other `output_dtypes` or another `template`
-            than those here, objects of the call before, the call has to be noticed.
+        run: what MLX made of it. A call whose `output_dtypes` or `template` is not what it was at
+            the call before, which is here, has to be noticed first.
 
     Raises:
         RuntimeError: this MLX has no CUDA.

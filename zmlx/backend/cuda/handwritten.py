@@ -63,7 +63,7 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
         kernel, held = plain, current()
         if held is not None:
             kernel, inputs = forms.choose(held, None, definition.input_names, inputs, plain)
-        if output_dtypes is not kernel.output_dtypes or template is not kernel.template:
+        if output_dtypes != kernel.output_dtypes or template != kernel.template:
             kernel.notice(inputs, output_dtypes, template)
         return kernel.run(  # type: ignore[no-any-return]
             inputs=inputs, output_dtypes=output_dtypes, template=template, **rest

@@ -74,7 +74,7 @@ def launch_of(definition: Definition) -> Launch:
         held = current()
         if held is not None:
             kernel, inputs = variants.by_address(held, key or (False, (), ()), inputs, kernel)
-        if output_dtypes is not kernel.output_dtypes or template is not kernel.template:
+        if output_dtypes != kernel.output_dtypes or template != kernel.template:
             kernel.notice(inputs, output_dtypes, template)
         return kernel.run(  # type: ignore[no-any-return]
             inputs=inputs,

@@ -26,6 +26,9 @@ using uintptr_t = uint64_t;
 #define UINT32_MAX 4294967295u
 #define UINT64_MAX 18446744073709551615ull
 
+#define INFINITY ::cuda::std::numeric_limits<float>::infinity()
+#define NAN ::cuda::std::numeric_limits<float>::quiet_NaN()
+
 namespace cuda::std {
 
 using ::int16_t;
