@@ -18,6 +18,7 @@ from zoo.disk import make_checkpoint
 
 from zmlx.bench import ceiling, model, suite
 from zmlx.bench.capsule import read
+from zmlx.bench.prompts import Prompts
 from zmlx.bench.report import report
 from zmlx.bench.suite import Bench, Settings
 from zmlx.bench.traffic import cache_bytes
@@ -198,7 +199,7 @@ def test_a_model_that_does_not_fit_says_what_it_needs(capsys, monkeypatch):
 
 
 def test_memory_that_ends_in_a_run_is_explained(folder, capsys, monkeypatch):
-    def run(self, network, tokens):
+    def run(self, network, tokens, prompts):
         raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 
     monkeypatch.setattr(Decode, "run", run)
@@ -211,10 +212,10 @@ def test_memory_that_ends_in_a_run_is_explained(folder, capsys, monkeypatch):
 def test_what_fails_on_the_patched_model_alone_fails_the_command(folder, capsys, monkeypatch):
     stock = Batch.run
 
-    def run(self, network, tokens):
+    def run(self, network, tokens, prompts):
         if len(self.prompts) == 3 and "_zmlx_patch_result" in vars(network):
             raise TypeError("no such cache")
-        return stock(self, network, tokens)
+        return stock(self, network, tokens, prompts)
 
     monkeypatch.setattr(Batch, "run", run)
     code, out, err = called(capsys, folder, *SMALL, "--skip", "breakdown")
@@ -250,9 +251,9 @@ def test_stock_runs_are_without_what_a_patched_model_changes_in_mlx_lm(folder, m
     seen = []
     stock = Decode.run
 
-    def run(self, network, tokens):
+    def run(self, network, tokens, prompts):
         seen.append(("_zmlx_patch_result" in vars(network), loop.mx is mx))
-        return stock(self, network, tokens)
+        return stock(self, network, tokens, prompts)
 
     monkeypatch.setattr(Decode, "run", run)
     network, _ = mlx_lm.load(str(folder))
@@ -295,6 +296,22 @@ def test_decode_is_the_greedy_text(folder):
     assert [int(token) for token, _ in generated(network, prompt, 4)] == text
 
 
+def test_a_prompt_is_read_once_and_stays_as_it_was(folder):
+    network, _ = mlx_lm.load(str(folder))
+    prompts, prompt = Prompts(network), [5, 6, 7, 8]
+    assert prompts.bytes == 0
+    expected = [int(token) for token, _ in generated(network, prompt, 4)]
+    for _ in range(2):
+        caches = prompts.after(prompt)
+        assert {cache.offset for cache in caches} == {3}
+        found = [int(token) for token, _ in generated(network, prompt[-1:], 4, caches)]
+        assert found == expected
+    held = prompts.bytes
+    assert held == sum(cache.nbytes for cache in prompts.after(prompt)) > 0
+    assert all(cache.empty() for cache in prompts.after([5]))
+    assert prompts.bytes == held
+
+
 class Slow:
     """A model that takes some milliseconds in Python, and whose cache is mlx-lm's."""
 
@@ -310,22 +327,23 @@ class Slow:
 
 def test_times_are_those_of_the_model():
     slow = Slow(0.02)
-    outcome = Decode((1, 2, 3, 4)).run(slow, 9)
+    outcome = Decode((1, 2, 3, 4)).run(slow, 9, Prompts(slow))
     assert 1 / outcome.rate >= 0.02
     assert len(outcome.samples["step_seconds"]) == 8
     # The quickest, so that a busy machine does not matter.
     assert 0.02 <= min(outcome.samples["step_seconds"]) < 0.04
     # The prompt goes through in two calls, and the step after it is built before it is there.
-    prefills = [Prefill((1, 2, 3, 4)).run(slow, 5) for _ in range(3)]
+    prefills = [Prefill((1, 2, 3, 4)).run(slow, 5, Prompts(slow)) for _ in range(3)]
     assert 0.04 <= 4 / max(outcome.rate for outcome in prefills) < 0.12
-    outcome = Batch(((1, 2), (3, 4))).run(slow, 9)
+    outcome = Batch(((1, 2), (3, 4))).run(slow, 9, Prompts(slow))
     assert 2 / outcome.rate >= 0.02
     assert 0.02 <= min(outcome.samples["step_seconds"]) < 0.04
 
 
 def test_steps_are_taken_apart():
     before = mx.async_eval
-    found = parts(Slow(0.02), [1, 2, 3, 4], 8)
+    slow = Slow(0.02)
+    found = parts(slow, [1, 2, 3, 4], 8, Prompts(slow))
     assert mx.async_eval is before
     assert [len(each) for each in (found.build, found.encode, found.wait)] == [8, 8, 8]
     assert 0.02 <= min(found.build) < 0.04
@@ -340,7 +358,7 @@ def test_async_eval_comes_back_when_a_model_fails():
             raise TypeError("no such step")
 
     with pytest.raises(TypeError, match="no such step"):
-        parts(Failing(0), [1, 2], 2)
+        parts(Failing(0), [1, 2], 2, Prompts(Slow(0)))
     assert mx.async_eval is before
 
 
@@ -411,9 +429,9 @@ def test_kernels_are_recorded_last_for_every_model(folder, tmp_path, capsys, mon
     other = make_checkpoint(tmp_path / "other", "llama", quantize={"bits": 4, "group_size": 32})
     order = []
 
-    def run(self, network, tokens):
+    def run(self, network, tokens, prompts):
         order.append("run" if tokens == 6 else "warm")
-        return stock(self, network, tokens)
+        return stock(self, network, tokens, prompts)
 
     def record(call, tokens):
         order.append("record")

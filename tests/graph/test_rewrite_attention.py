@@ -543,3 +543,26 @@ def test_a_check_notices_a_wrong_program():
         return forward(tokens, caches) * 0 + mx.nan
 
     program.check(nothing, token, caches, 1e-3)  # nothing can be said
+
+
+def test_a_check_asks_float32_who_is_wrong():
+    caches = prompted([KVCache()])
+    layout = Layout.of(caches)
+    program = DecodeProgram(traced_step(forward, layout), layout)
+    token = mx.array([[3]])
+
+    def rough(tokens, caches):
+        return (forward(tokens, caches).astype(mx.bfloat16) * 1.01).astype(mx.float32)
+
+    # In float32 the forward without its casts is 1.01 times what the program gives, ...
+    with pytest.raises(WrongResult, match="differ from the model's own step"):
+        program.check(rough, token, caches, 1e-3)
+
+    def cast(tokens, caches):
+        hidden = forward(tokens, caches).astype(mx.bfloat16)
+        return (hidden + 256).astype(mx.float32) - 256
+
+    # ... and here the whole error is that of the casts.
+    apart = cast(token, copy.deepcopy(caches)) - forward(token, copy.deepcopy(caches))
+    assert mx.abs(apart).max() > 0.1
+    program.check(cast, token, caches, 1e-3)

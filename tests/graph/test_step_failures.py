@@ -53,7 +53,7 @@ def times(factor):
 
 
 def raising(error):
-    def change(made):
+    def change(*_):
         raise error
 
     return change
@@ -108,6 +108,20 @@ def test_a_kernel_that_raises_when_it_is_built(error, monkeypatch, capsys):
     assert len(said) == 1
     assert said[0].startswith(LINE + type(error).__name__)
     assert "line 3" not in said[0]
+
+
+def test_a_machine_without_kernels_for_float32(monkeypatch, capsys):
+    """What is fused is tried all the same, against 16 bits."""
+    monkeypatch.setattr("zmlx.graph.probing.in_float32", raising(RuntimeError("no resources")))
+    model, _ = two("llama", dtype=mx.bfloat16)
+    cache = filled(model)
+    stepped(model, cache, TOKENS)
+    assert all(lent(cache))
+    broken(monkeypatch, "products", times(1.3))
+    model, _ = two("llama", dtype=mx.bfloat16)
+    stepped(model, filled(model), TOKENS)
+    [line] = lines(capsys)
+    assert line.startswith(f"{LINE}WrongResult: Products differs from MLX's operations by 0.3")
 
 
 def test_small_operations_that_give_wrong_numbers(monkeypatch, capsys):

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from zmlx.bench.capsule import Quantities, Run
 from zmlx.bench.decode import plan_of
 from zmlx.bench.kernel_times import KernelTimes, NotRecorded, record
+from zmlx.bench.prompts import Prompts
 from zmlx.bench.traffic import cache_bytes, weight_bytes
 from zmlx.bench.twin import twin
 from zmlx.bench.workloads import Decode, Outcome, Workload, generated, parts, workloads
@@ -137,6 +138,7 @@ class Bench:
         self.on_call = on_call
         self.on_line = on_line
         self.models = {STOCK: model, ZMLX: twin(model)}
+        self.prompts = Prompts(model)
         self.weights = weight_bytes(model)
         self.caches: dict[str, int] = {}
         self.work = workloads(
@@ -258,7 +260,7 @@ class Bench:
         self.on_call(f"{work.label}: {variant}")
         try:
             with self._in_use(variant):
-                return work.run(self.models[variant], tokens)
+                return work.run(self.models[variant], tokens, self.prompts)
         except Exception as error:
             if _out_of_memory(error):
                 raise
@@ -278,7 +280,7 @@ class Bench:
             for variant in (STOCK, ZMLX):
                 self.on_call(f"{work.label}: steps taken apart, {variant}")
                 with self._in_use(variant):
-                    found = parts(self.models[variant], work.prompt, _STEPS)
+                    found = parts(self.models[variant], work.prompt, _STEPS, self.prompts)
                 values = {
                     "python": 1e6 * statistics.median(found.build),
                     "encoding": 1e6 * statistics.median(found.encode),
@@ -306,9 +308,7 @@ class Bench:
     def _logits(self, variant: str) -> mx.array:
         """Return the float32 logits of a step after the first context."""
         prompt, model = self.first.prompt, self.models[variant]
-        cache = make_prompt_cache(model)
-        model(mx.array([prompt]), cache=cache)
-        mx.eval([layer.state for layer in cache])
+        cache = self.prompts.after(prompt)
         logits: mx.array = model(mx.array([prompt[-1:]]), cache=cache)[0, -1].astype(mx.float32)
         mx.eval(logits)
         return logits
@@ -324,7 +324,8 @@ class Bench:
 
     def _recorded(self, work: Decode, variant: str) -> KernelTimes:
         # Two tokens before, and `record` takes the rest twice.
-        tokens = generated(self.models[variant], work.prompt, 3 + 2 * _WATCHED)
+        caches = self.prompts.after(work.prompt)
+        tokens = generated(self.models[variant], work.prompt[-1:], 3 + 2 * _WATCHED, caches)
         next(tokens)
         next(tokens)
 

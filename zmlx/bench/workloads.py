@@ -1,7 +1,8 @@
 """What users do with a model, timed: decode after a prompt, a batch of sequences, a prompt.
 
 All go through mlx-lm's own loops, `generate_step` and `BatchGenerator`, with their pipeline: the
-next step is built and encoded while the device computes the last one.
+next step is built and encoded while the device computes the last one. Where steps are timed, their
+prompts were read before, once (`Prompts`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from zmlx.bench.prompts import Prompts
+
 #: Steps of a timed batch at most: it gives many tokens in each.
 _BATCH_STEPS = 32
 
@@ -28,8 +31,8 @@ class Outcome:
     Attributes:
         rate: tokens per second: generated ones, or of the prompt.
         quantity: "decode" or "prefill", what the rate is of.
-        peak_bytes: most memory that MLX held in what is timed, weights included.
-        samples: seconds of the prompt and of each step.
+        peak_bytes: most memory that MLX held in what is timed, weights included, without `Prompts`.
+        samples: seconds of each step, or of the prompt.
     """
 
     rate: float
@@ -40,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Decode:
-    """Generate from one prompt, greedily; timed from the first token to the last.
+    """Generate after one prompt, greedily; timed from the first token to the last.
 
     Attributes:
         prompt: token ids.
@@ -53,21 +56,21 @@ class Decode:
         """How it is named in a capsule."""
         return f"context {len(self.prompt)}"
 
-    def run(self, model: nn.Module, tokens: int) -> Outcome:
+    def run(self, model: nn.Module, tokens: int, prompts: Prompts) -> Outcome:
         """Generate `tokens` tokens, two or more."""
-        prompt_seconds, steps = 0.0, []
+        steps: list[float] = []
+        caches = prompts.after(self.prompt)
         _fresh()
-        started = time.perf_counter()
-        for _ in generated(model, self.prompt, tokens):
+        started = 0.0
+        for _ in generated(model, self.prompt[-1:], tokens, caches):
             now = time.perf_counter()
-            if prompt_seconds:
+            if started:
                 steps.append(now - started)
             else:
-                prompt_seconds = now - started
                 mx.reset_peak_memory()
             started = now
-        samples = {"prefill_seconds": [prompt_seconds], "step_seconds": steps}
-        return Outcome(len(steps) / sum(steps), "decode", mx.get_peak_memory(), samples)
+        peak = mx.get_peak_memory() - prompts.bytes
+        return Outcome(len(steps) / sum(steps), "decode", peak, {"step_seconds": steps})
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,21 @@ class Prefill:
         """How it is named in a capsule."""
         return f"prefill {len(self.prompt)}"
 
-    def run(self, model: nn.Module, tokens: int) -> Outcome:
-        """Read the prompt; `tokens` does not matter."""
+    def run(self, model: nn.Module, tokens: int, prompts: Prompts) -> Outcome:
+        """Read the prompt, which `prompts` has not; `tokens` does not matter."""
         del tokens
         _fresh()
         started = time.perf_counter()
         for _ in generated(model, self.prompt, 1):
             seconds = time.perf_counter() - started
-        samples = {"prefill_seconds": [seconds]}
-        return Outcome(len(self.prompt) / seconds, "prefill", mx.get_peak_memory(), samples)
+        peak = mx.get_peak_memory() - prompts.bytes
+        rate = len(self.prompt) / seconds
+        return Outcome(rate, "prefill", peak, {"prefill_seconds": [seconds]})
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Generate from several prompts at once; timed when all of them have their first token.
+    """Generate after several prompts at once; timed when all of them have their first token.
 
     Attributes:
         prompts: token ids, each as many as the others.
@@ -111,10 +115,11 @@ class Batch:
         """How it is named in a capsule."""
         return f"batch {len(self.prompts)}"
 
-    def run(self, model: nn.Module, tokens: int) -> Outcome:
+    def run(self, model: nn.Module, tokens: int, prompts: Prompts) -> Outcome:
         """Generate `tokens` tokens for each prompt, two or more, though not more than 33."""
         wanted = min(tokens, _BATCH_STEPS + 1)
         size = len(self.prompts)
+        caches = [prompts.after(prompt) for prompt in self.prompts]
         _fresh()
         batch = import_module("mlx_lm.generate").BatchGenerator(
             model, completion_batch_size=size, prefill_batch_size=size
@@ -122,7 +127,9 @@ class Batch:
         steps: list[float] = []
         try:
             # One more than is taken: a sequence that ends is taken out of the batch, which costs.
-            batch.insert([list(prompt) for prompt in self.prompts], [wanted + 1] * size)
+            last = [list(prompt[-1:]) for prompt in self.prompts]
+            batch.insert(last, [wanted + 1] * size, caches)
+            del caches
             started = time.perf_counter()
             for number in range(wanted):
                 answers = batch.next_generated()
@@ -130,7 +137,6 @@ class Batch:
                 if len(answers) != size:
                     raise RuntimeError(f"{len(answers)} sequences of {size} gave a token")
                 if number == 0:
-                    prompt_seconds = now - started
                     mx.reset_peak_memory()
                 else:
                     steps.append(now - started)
@@ -138,9 +144,9 @@ class Batch:
         finally:
             mx.synchronize()
             batch.close()
-        samples = {"prefill_seconds": [prompt_seconds], "step_seconds": steps}
         rate = size * len(steps) / sum(steps)
-        return Outcome(rate, "decode", mx.get_peak_memory(), samples)
+        peak = mx.get_peak_memory() - prompts.bytes
+        return Outcome(rate, "decode", peak, {"step_seconds": steps})
 
 
 Workload = Decode | Prefill | Batch
@@ -170,11 +176,21 @@ def workloads(
     return result
 
 
-def generated(model: nn.Module, prompt: Sequence[int], tokens: int) -> Iterator[Any]:
-    """Run mlx-lm's `generate_step`, greedily, as its `stream_generate` does."""
+def generated(
+    model: nn.Module, prompt: Sequence[int], tokens: int, caches: list[Any] | None = None
+) -> Iterator[Any]:
+    """Run mlx-lm's `generate_step`, greedily, as its `stream_generate` does.
+
+    Args:
+        model: an mlx-lm model.
+        prompt: token ids.
+        tokens: how many to generate.
+        caches: of what is before the prompt; they are used up. None for nothing.
+    """
     loop = import_module("mlx_lm.generate")
+    given = mx.array(tuple(prompt))
     with loop.wired_limit(model, [loop.generation_stream]):
-        yield from loop.generate_step(mx.array(tuple(prompt)), model, max_tokens=tokens)
+        yield from loop.generate_step(given, model, max_tokens=tokens, prompt_cache=caches)
     mx.synchronize(loop.generation_stream)
 
 
@@ -194,20 +210,22 @@ class Parts:
     wait: list[float]
 
 
-def parts(model: nn.Module, prompt: Sequence[int], steps: int) -> Parts:
+def parts(model: nn.Module, prompt: Sequence[int], steps: int, prompts: Prompts) -> Parts:
     """Take steps of `generate_step` apart, waiting after each for the device.
 
     Args:
         model: an mlx-lm model.
         prompt: token ids.
         steps: how many, one or more; the first ones after the prompt are left out.
+        prompts: has the prompt, or reads it.
     """
     skipped = 3
     build: list[float] = []
     encode: list[float] = []
     wait: list[float] = []
     with _timed_async_eval() as evaluations:
-        tokens = generated(model, prompt, skipped + steps + 1)
+        caches = prompts.after(prompt)
+        tokens = generated(model, prompt[-1:], skipped + steps + 1, caches)
         for number in range(skipped + steps):
             mx.synchronize()
             evaluations.clear()
