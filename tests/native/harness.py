@@ -41,7 +41,7 @@ def units(machine: str | None = None, *, mlx: bool) -> Units:
 
 def compile_units(compiler: list[str], flags: list[str], sources: Units, folder: Path) -> list[str]:
     """Compile each unit with its own flags and then these; return the objects."""
-    include = [f"-I{build.SOURCE}", f"-I{build._mlx_folder() / 'include'}"]
+    include = [f"-I{build.SOURCE}", f"-I{build.mlx_folder() / 'include'}"]
     command = [*compiler, "-std=c++20", "-w", "-Wno-psabi", *include]
 
     def compiled(job: tuple[Path, list[str]]) -> str:

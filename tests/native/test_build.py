@@ -255,7 +255,7 @@ def test_a_damaged_library_is_built_again(fresh, copier, damage):
     else:  # as it should be, by the manifest, yet no library
         library.write_bytes(b"garbage")
         facts = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps({**facts, "sha256": build._hash_of(library)}))
+        manifest.write_text(json.dumps({**facts, "sha256": build.hash_of(library)}))
     child = start()  # Python would give this process its own library again
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
@@ -320,7 +320,7 @@ def test_a_library_in_the_package_that_does_not_load(fresh, copier, real):
     library.write_bytes(b"garbage")
     manifest = native.BUNDLED / build.MANIFEST
     facts = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**facts, "sha256": build._hash_of(library)}))
+    manifest.write_text(json.dumps({**facts, "sha256": build.hash_of(library)}))
     lines, announce = announced()
     assert native.load(announce=announce).kernels()
     assert f"{library} does not load: " in lines[0]

@@ -56,7 +56,7 @@ def test_products_are_clean(built, tmp_path):
 
 def test_programs_are_clean(built, tmp_path):
     compiler, flags, objects = built
-    library = build._mlx_folder() / "lib"
+    library = build.mlx_folder() / "lib"
     flags = [*flags, f"-L{library}", "-lmlx", f"-Wl,-rpath,{library}"]
     used = [path for name, path in objects.items() if name != "sanitized"]
     program = harness.link(compiler, flags, used, tmp_path / "program")

@@ -78,6 +78,10 @@ class Layout:
                 made.append(mx.zeros(shape, dtype))
         return made
 
+    def input_kinds(self) -> list[Kind | None]:
+        """Return the kind of the cache that each of these arrays belongs to."""
+        return [k for k, forms in zip(self.kinds, self.forms, strict=True) for _ in forms]
+
     def caches(self, position: int, arrays: Sequence[mx.array]) -> list[Any]:
         """Return caches of this layout that hold some arrays, those of lists one by one."""
         given = iter(arrays)

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from zmlx.graph.nodes import Graph, Node, Value
-from zmlx.graph.recording import Call, kept
+from zmlx.graph.recording import Call, Recorder, kept
 from zmlx.graph.trace import Region, in_order, trace_with
 
 #: What MLX 0.32.4 fuses: operations on one element each, and broadcasts that lead to them.
@@ -195,12 +195,13 @@ def _node(root: Node, inner: set[Node], made: dict[Value, Node], outputs: set[Va
 
 
 @contextmanager
-def _watched() -> Iterator[list[Call]]:
+def _watched(recorder: Recorder) -> Iterator[list[Call]]:
     """Collect the calls of compiled functions that this thread makes while it traces.
 
     MLX calls such a function as it is when it traces. So a profile function sees the calls: of the
     code objects that belong to what `mx.compile` returned, wherever it is kept.
     """
+    del recorder
     codes = _compiled_codes()
     calls: list[Call] = []
     running: list[tuple[FrameType, tuple[mx.array, ...]]] = []

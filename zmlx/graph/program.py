@@ -19,12 +19,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.backend import for_kernels
-from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.graph.building import Build, Recorded
 from zmlx.graph.caches import Layout, ProgramRefused, held_arrays, is_plain, leaves
 from zmlx.graph.lending import Chain, Kind, advance, lend, place
 from zmlx.graph.nodes import Graph, Value
-from zmlx.graph.operations import FUSED, built
+from zmlx.graph.operations import FUSED
 from zmlx.graph.probing import WrongResult, in_float32, probe
 from zmlx.graph.rewrite.attention import Fused, Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
@@ -163,18 +162,23 @@ class DecodeProgram:
     Args:
         traced: the step's graph.
         layout: the caches that it was made for.
+        recorded: whether its kernels are recorded as a CUDA graph, where that can be, from the
+            second step with buffers of a size on; else MLX builds each step from its own recording.
     """
 
-    def __init__(self, traced: Traced, layout: Layout) -> None:
+    def __init__(self, traced: Traced, layout: Layout, *, recorded: bool = False) -> None:
         self.traced = traced
         self.layout = layout
-        self._replay = mx.compile(_Build(traced.graph))
         used = [at for at, forms in enumerate(layout.forms) if forms]
         self._lent = [at for at in used if layout.kinds[at] is not None]
         self._plain = [at for at in used if layout.kinds[at] is None]
         self._used = used if self._plain else self._lent
         self._examples = [layout.kinds.index(kind) for kind in traced.kinds]
         self._in_lists = any(count is not None for count in layout.lists)
+        of_caches = zip(traced.graph.inputs[1:], layout.input_kinds(), strict=False)
+        buffers = [value for value, kind in of_caches if kind is not None]
+        build = Build(traced.graph)
+        self._replay = Recorded(build, buffers) if recorded else mx.compile(build)
 
     def __call__(
         self, tokens: mx.array, caches: Sequence[Any], chain: Chain | None = None
@@ -252,22 +256,6 @@ class DecodeProgram:
         ours, theirs = _deviation(found, exact), _deviation(stock, exact)
         if not ours <= max(allowed, _MORE * theirs):
             raise WrongResult(f"its kernels differ from the model's own step by {error:.2g}")
-
-
-class _Build:
-    """Builds a graph on arrays, with its constants by address where kernels take them so."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._addresses: Addresses | None = None
-
-    def __call__(self, *arrays: mx.array) -> list[mx.array]:
-        if for_kernels(has_reference=False) != "cuda":
-            return built(self._graph, arrays)
-        if self._addresses is None:
-            self._addresses = Addresses(self._graph.constants.values())
-        with in_force(self._addresses):
-            return built(self._graph, arrays)
 
 
 def _deviation(found: mx.array, truth: mx.array) -> float:

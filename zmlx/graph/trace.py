@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from zmlx.graph.nodes import Graph, Node, Value
-from zmlx.graph.recording import Call, own_form, recorded
+from zmlx.graph.recording import Call, Recorder, own_form, recorded
 
 #: What the export tells of an array: name, shape, dtype.
 Told = tuple[str, tuple[int, ...], mx.Dtype]
@@ -71,6 +71,10 @@ def trace_plain(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     return graph.with_nodes(reader.nodes)
 
 
+#: See `trace_with`.
+Watching = Callable[[Recorder], AbstractContextManager[list[Call]]]
+
+
 class Region(NamedTuple):
     """A part of a graph: what it reads, what it returns, and what else is known of it."""
 
@@ -80,7 +84,7 @@ class Region(NamedTuple):
 
 
 def trace_with(
-    watching: Callable[[], AbstractContextManager[list[Call]]],
+    watching: Watching,
     function: Callable[..., Any],
     *arrays: mx.array,
 ) -> tuple[Graph, list[Region]]:
@@ -88,7 +92,7 @@ def trace_with(
 
     Args:
         watching: makes a context in which the function runs, with a list of calls that is filled
-            there; they become no nodes.
+            there; they become no nodes. It is given what records calls that do.
         function: as for `trace`.
         arrays: as for `trace`.
 
@@ -140,12 +144,13 @@ def _uncompiled() -> Iterator[None]:
 
 
 @contextmanager
-def _nothing() -> Iterator[list[Call]]:
+def _nothing(recorder: Recorder) -> Iterator[list[Call]]:
+    del recorder
     yield []
 
 
 def _traced(
-    watching: Callable[[], AbstractContextManager[list[Call]]],
+    watching: Watching,
     function: Callable[..., Any],
     arrays: Sequence[mx.array],
 ) -> tuple[Graph, list[Region]]:
@@ -154,7 +159,7 @@ def _traced(
     watched: list[Call] = []
 
     def traced(seed: mx.array, *inputs: mx.array) -> list[mx.array]:
-        with recorded(seed) as recorder, watching() as seen:
+        with recorded(seed) as recorder, watching(recorder) as seen:
             outputs = _arrays(function(*inputs))
         calls.extend(recorder.calls)
         watched.extend(seen)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -382,6 +383,16 @@ class _Counters(threading.local):
 
 
 _COUNTERS = _Counters()
+
+
+@contextmanager
+def own_counters() -> Iterator[None]:
+    """Give launches of this thread counters that no launch outside of the block has."""
+    before, _COUNTERS.made = _COUNTERS.made, []
+    try:
+        yield
+    finally:
+        _COUNTERS.made = before
 
 
 def _counters(number: int, given: mx.array | None) -> mx.array:

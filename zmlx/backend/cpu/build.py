@@ -8,41 +8,65 @@ the type `mlx.core.array` pass between two extensions only when both carry the s
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import re
-import shlex
-import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import mlx.core as mx
-
 from zmlx.backend.cpu.threads import usable_cpus
-from zmlx_autopatch import variables
+from zmlx.backend.extension import (
+    COMMON,
+    NativeUnavailable,
+    Progress,
+    abi_tag,
+    compiler_version,
+    find_compiler,
+    hash_of,
+    link_all,
+    mlx_extension,
+    mlx_folder,
+    mlx_include,
+    mlx_version,
+    run_step,
+    version_of,
+)
+
+__all__ = [
+    "MANIFEST",
+    "MODULE",
+    "SOURCE",
+    "Manifest",
+    "NativeUnavailable",
+    "Progress",
+    "abi_tag",
+    "build",
+    "check",
+    "compiler_version",
+    "duration",
+    "file_name",
+    "find_compiler",
+    "fingerprint",
+    "fits",
+    "hash_of",
+    "misfit",
+    "mlx_extension",
+    "mlx_folder",
+    "mlx_include",
+    "mlx_version",
+    "sources",
+]
 
 MODULE = "_zmlx_cpu"
 SOURCE = Path(__file__).parent / "source"
 #: Beside a library: what it was built with, and its hash.
 MANIFEST = "library.json"
-#: Longest time for one step, in seconds; a compiler or a self-test that hangs is given up.
-TIME_LIMIT = 600
 #: What a build takes, in seconds of one processor, and at least, on however many.
 PROCESSOR_SECONDS = 56
 SHORTEST_SECONDS = 10
-#: Is told after each step of a build: how many are done, and of how many.
-Progress = Callable[[int, int], None]
 
-_COMMON = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-w"]
 #: of units with loops whose lengths are known only to templates; the others gain nothing
 _HOT = ["-O3"]
 _AVX2 = [*_HOT, "-mavx2", "-mfma", "-mf16c"]
@@ -83,15 +107,6 @@ _UNITS: dict[str, list[str]] = {
     "emulator_memory.cpp": [],
     "emulator_fiber.cpp": [],
 }
-_ABI_TAG = re.compile(rb"nanobind_[a-z]+_[a-z0-9_]*_v[0-9]+")
-
-
-class NativeUnavailable(RuntimeError):
-    """The native library cannot be had here; `reason` says why and what to do."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"native CPU kernels: {reason}")
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -121,46 +136,6 @@ class Manifest:
             return None
 
 
-def find_compiler() -> str:
-    """Return the command of the C++ compiler: ZMLX_CXX, or the first of c++, g++ and clang++.
-
-    Raises:
-        NativeUnavailable: there is none.
-    """
-    asked = variables.text("ZMLX_CXX")
-    if asked:
-        first, *rest = shlex.split(asked)
-        path = shutil.which(first)
-        if path is None:
-            raise NativeUnavailable(f"ZMLX_CXX={asked}: no program {first} on PATH")
-        return shlex.join([path, *rest])
-    for name in ("c++", "g++", "clang++"):
-        path = shutil.which(name)
-        if path is not None:
-            return shlex.quote(path)
-    raise NativeUnavailable("no C++ compiler found; install g++ or clang++ (C++20)")
-
-
-def compiler_version(compiler: str) -> str:
-    """Return the first line that the compiler prints for --version.
-
-    Raises:
-        NativeUnavailable: it does not run.
-    """
-    try:
-        done = subprocess.run(
-            [*shlex.split(compiler), "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=TIME_LIMIT,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(f"{compiler} does not run: {error}") from error
-    return (done.stdout or done.stderr).partition("\n")[0].strip()
-
-
 def fingerprint() -> str:
     """Return a hash of all that a library depends on, but for the compiler.
 
@@ -172,11 +147,11 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for part in (
         mlx_version(),
-        str((_mlx_folder() / "lib" / "libmlx.so").stat().st_size),
-        _version_of("nanobind"),
+        str((mlx_folder() / "lib" / "libmlx.so").stat().st_size),
+        version_of("nanobind"),
         platform.machine(),
         file_name(),
-        repr((_COMMON, _units())),
+        repr((COMMON, _units())),
         repr([field.name for field in fields(Manifest)]),
         sources(),
     ):
@@ -209,45 +184,20 @@ def build(folder: Path, compiler: str, progress: Progress = lambda done, steps: 
         NativeUnavailable: a step failed; the reason holds the first error and where the log is.
     """
     library = folder / file_name()
-    include = _includes()
     jobs = [(SOURCE / name, flags) for name, flags in _units().items()]
-    binding = _nanobind_folder() / "src" / "nb_combined.cpp"
-    jobs.insert(0, (binding, ["-O1", "-fno-strict-aliasing"]))
-    command = shlex.split(compiler)
-    steps = len(jobs) + 2
-
-    def compile_unit(job: tuple[Path, list[str]]) -> str:
-        source, flags = job
-        target = str(folder / f"{source.stem}.o")
-        arguments = [*_COMMON, *flags, *include, "-c", str(source), "-o", target]
-        _run([*command, *arguments], f"compiling {source.name}")
-        return target
-
-    executor = ThreadPoolExecutor(len(usable_cpus()))
-    try:
-        units = [executor.submit(compile_unit, job) for job in jobs]
-        for done, unit in enumerate(as_completed(units), 1):
-            unit.result()
-            progress(done, steps)
-    finally:
-        executor.shutdown(cancel_futures=True)
-    objects = [unit.result() for unit in units]
-    mlx = _mlx_folder() / "lib"
-    # No run path: mlx.core has loaded libmlx before us, wherever it lies.
-    link = ["-shared", "-pthread", *objects, f"-L{mlx}", "-lmlx", "-s", "-o", str(library)]
-    _run([*command, *link], "linking")
-    progress(steps - 1, steps)
-    for file in objects:
-        Path(file).unlink()
+    link_all(
+        library, compiler, jobs, COMMON, progress=lambda done, steps: progress(done, steps + 1)
+    )
     check(library)
     manifest = Manifest(
         mlx=mlx_version(),
         interface=abi_tag(library),
         compiler=compiler_version(compiler),
         sources=sources(),
-        sha256=_hash_of(library),
+        sha256=hash_of(library),
     )
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    steps = len(jobs) + 3
     progress(steps, steps)
     return library
 
@@ -261,12 +211,12 @@ def check(library: Path) -> None:
     ours, theirs = abi_tag(library), abi_tag(mlx_extension())
     if ours != theirs or not ours:
         raise NativeUnavailable(
-            f"nanobind {_version_of('nanobind')} has the binary interface {ours or 'unknown'}, "
+            f"nanobind {version_of('nanobind')} has the binary interface {ours or 'unknown'}, "
             f"the installed mlx {theirs or 'unknown'}; install the nanobind mlx was built with"
         )
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    _run(
+    run_step(
         [sys.executable, "-m", "zmlx.backend.cpu.selftest", str(library)],
         "the self-test",
         {**os.environ, "PYTHONPATH": path, "ZMLX_AUTOPATCH": "0"},
@@ -292,13 +242,7 @@ def misfit(library: Path) -> str:
         return "was built for another build of mlx (its binary interface of nanobind is another)"
     if manifest.sources != sources():
         return "was built from other sources"
-    return "" if manifest.sha256 == _hash_of(library) else "is damaged"
-
-
-def abi_tag(library: Path) -> str:
-    """Return the tag of nanobind's binary interface that a library carries; empty if none."""
-    match = _ABI_TAG.search(library.read_bytes())
-    return match.group().decode() if match else ""
+    return "" if manifest.sha256 == hash_of(library) else "is damaged"
 
 
 def file_name() -> str:
@@ -306,82 +250,7 @@ def file_name() -> str:
     return f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def mlx_extension() -> Path:
-    """Return the file of the extension `mlx.core`."""
-    return Path(str(mx.__file__))
-
-
-def mlx_include() -> Path:
-    """Return the folder of the headers that the installed mlx ships."""
-    return _mlx_folder() / "include"
-
-
-def mlx_version() -> str:
-    """Return the version of the mlx that is loaded."""
-    return str(vars(mx)["__version__"])
-
-
-def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=environment,
-            check=False,
-            timeout=TIME_LIMIT,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NativeUnavailable(f"{what} took more than {TIME_LIMIT} s") from error
-    except OSError as error:
-        raise NativeUnavailable(f"{what} failed: {error}") from error
-    if done.returncode == 0:
-        return
-    text = done.stderr + done.stdout
-    handle, log = tempfile.mkstemp(prefix="zmlx-native-", suffix=".log", text=True)
-    with os.fdopen(handle, "w") as file:
-        file.write(f"{shlex.join(command)}\nexit code {done.returncode}\n{text}")
-    errors = [line for line in text.splitlines() if "error" in line.lower()]
-    last = text.strip().splitlines()[-1:]
-    reason = (errors or last or [f"exit code {done.returncode}"])[0].strip()
-    raise NativeUnavailable(f"{what} failed: {reason} (log: {log})")
-
-
 def _units(machine: str | None = None) -> dict[str, list[str]]:
     machine = machine or platform.machine()
     x86, arm = machine in ("x86_64", "AMD64"), machine in ("aarch64", "arm64")
     return {**(_X86_UNITS if x86 else _ARM_UNITS if arm else {}), **_UNITS}
-
-
-def _hash_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _mlx_folder() -> Path:
-    return mlx_extension().parent
-
-
-def _nanobind_folder() -> Path:
-    spec = importlib.util.find_spec("nanobind")
-    if spec is None or spec.origin is None:
-        raise NativeUnavailable("nanobind is not installed; pip install 'nanobind>=3.0.1,<3.1'")
-    return Path(spec.origin).parent
-
-
-def _includes() -> list[str]:
-    nanobind = _nanobind_folder()
-    folders = [
-        mlx_include(),
-        nanobind / "include",
-        nanobind / "ext" / "robin_map" / "include",
-        Path(sysconfig.get_path("include")),
-    ]
-    return [f"-I{folder}" for folder in folders]
-
-
-def _version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

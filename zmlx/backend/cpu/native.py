@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -25,6 +24,7 @@ from types import ModuleType
 from zmlx.backend.cpu import build as building
 from zmlx.backend.cpu.build import NativeUnavailable
 from zmlx.backend.cpu.threads import default_threads
+from zmlx.backend.extension import open_extension
 from zmlx_autopatch import speech, variables
 
 __all__ = [
@@ -255,15 +255,7 @@ def open_library(library: Path) -> ModuleType:
     Raises:
         NativeUnavailable: it is not a library, or lacks something that it needs.
     """
-    spec = importlib.util.spec_from_file_location(building.MODULE, library)
-    assert spec is not None
-    assert spec.loader is not None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        raise NativeUnavailable(f"{library} does not load: {error}") from error
-    return module
+    return open_extension(building.MODULE, library)
 
 
 @contextlib.contextmanager

@@ -109,10 +109,15 @@ class Forms:
         return self._made[form], [*(array for _, array in others), held.table(arrays)]
 
 
+#: Stands for a kernel's `run`.
+Through = Callable[[Kernel], Callable[..., Any]]
+
+
 class _InForce(threading.local):
-    """The addresses that launches of this thread use."""
+    """The addresses that launches of this thread use, and what they go through."""
 
     addresses: Addresses | None = None
+    through: Through | None = None
 
 
 _IN_FORCE = _InForce()
@@ -123,15 +128,26 @@ def current() -> Addresses | None:
     return _IN_FORCE.addresses
 
 
+def run_of(kernel: Kernel) -> Callable[..., Any]:
+    """Return what launches a kernel in this thread while addresses are in force."""
+    through = _IN_FORCE.through
+    return kernel.run if through is None else through(kernel)
+
+
 @contextmanager
-def in_force(addresses: Addresses) -> Iterator[None]:
-    """Let launches of this thread take the arrays by address until the block ends."""
-    before = _IN_FORCE.addresses
-    _IN_FORCE.addresses = addresses
+def in_force(addresses: Addresses, through: Through | None = None) -> Iterator[None]:
+    """Let launches of this thread take the arrays by address until the block ends.
+
+    Args:
+        addresses: the arrays.
+        through: gives what is called in place of a kernel's `run`, with the same arguments.
+    """
+    before = _IN_FORCE.addresses, _IN_FORCE.through
+    _IN_FORCE.addresses, _IN_FORCE.through = addresses, through
     try:
         yield
     finally:
-        _IN_FORCE.addresses = before
+        _IN_FORCE.addresses, _IN_FORCE.through = before
 
 
 def _addresses(arrays: Sequence[mx.array]) -> list[int]:

@@ -23,6 +23,7 @@ from zmlx.backend.capability import architecture
 from zmlx.backend.cuda import nvrtc
 from zmlx.backend.cuda.headers import headers
 from zmlx.backend.cuda.jit_module import (
+    ASKED,
     KNOWN,
     VERSION,
     KernelText,
@@ -70,6 +71,8 @@ class Kernel:
         whole: the text before parts of it went into files, by default the same.
 
     Attributes:
+        name, input_names, ensure_row_contiguous: the same.
+        source: its body.
         run: what MLX made of it. A call whose `output_dtypes` or `template` is not what it was at
             the call before, which is here, has to be noticed first.
 
@@ -77,7 +80,17 @@ class Kernel:
         RuntimeError: this MLX has no CUDA.
     """
 
-    __slots__ = ("_forms", "_text", "output_dtypes", "run", "template")
+    __slots__ = (
+        "_forms",
+        "_text",
+        "ensure_row_contiguous",
+        "input_names",
+        "name",
+        "output_dtypes",
+        "run",
+        "source",
+        "template",
+    )
 
     def __init__(
         self,
@@ -89,6 +102,8 @@ class Kernel:
         ensure_row_contiguous: bool,
         whole: CudaSource | None = None,
     ) -> None:
+        self.name, self.input_names, self.source = name, tuple(input_names), source.body
+        self.ensure_row_contiguous = ensure_row_contiguous
         found = lean()
         header = source.header if found is None else f"// {found.digest}\n{source.header}"
         self.run: Any = mx.fast.cuda_kernel(
@@ -136,6 +151,38 @@ class Kernel:
         except (nvrtc.CompileError, OSError, TypeError, ValueError) as failure:
             if speech.level() == "debug":
                 speech.say(f"zmlx: kernel {self._text.name} is left to MLX: {failure}")
+
+    def binary(
+        self,
+        inputs: Sequence[tuple[mx.Dtype, int]],
+        output_dtypes: Sequence[mx.Dtype],
+        template: Template | None,
+    ) -> tuple[bytes, str]:
+        """Return what is compiled for a call, and the kernel's name in it.
+
+        Args:
+            inputs: dtype and number of dimensions of each.
+            output_dtypes: as of the call.
+            template: as of the call.
+
+        Raises:
+            nvrtc.CompileError: it cannot be compiled ahead, or does not compile.
+            OSError: it cannot be kept.
+        """
+        found = lean()
+        if found is None or self._text is None:
+            raise nvrtc.CompileError(f"kernel {self.name} is left to MLX")
+        module = module_of(self._text, inputs, output_dtypes, template or ())
+        file = keep(module, found)
+        if file is None:
+            raise nvrtc.CompileError(f"there is no folder for kernel {self.name}")
+        names = file.with_suffix(".txt").read_text().splitlines()
+        lowered = dict(line.split("\t") for line in names)[module.kernel]
+        return file.read_bytes(), lowered
+
+    def asked(self, name: str) -> tuple[str, ...]:
+        """Return what the kernel is given along with an input: of "shape", "strides", "ndim"."""
+        return tuple(what for what in ASKED if f"{name}_{what}" in self.source)
 
 
 def is_settled(source: CudaSource) -> bool:

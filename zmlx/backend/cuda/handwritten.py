@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.capability import architecture
-from zmlx.backend.cuda.addresses import Forms, current
+from zmlx.backend.cuda.addresses import Forms, current, run_of
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
@@ -65,7 +65,8 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
             kernel, inputs = forms.choose(held, None, definition.input_names, inputs, plain)
         if output_dtypes != kernel.output_dtypes or template != kernel.template:
             kernel.notice(inputs, output_dtypes, template)
-        return kernel.run(  # type: ignore[no-any-return]
+        run = kernel.run if held is None else run_of(kernel)
+        return run(  # type: ignore[no-any-return]
             inputs=inputs, output_dtypes=output_dtypes, template=template, **rest
         )
 

@@ -40,7 +40,7 @@ _START = '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperativ
 _OPEN = "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
 _CLOSE = "\n}\n\n} // namespace mlx::core::cu\n"
 #: What a body can ask of an input with dimensions, and its type.
-_ASKED = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
+ASKED = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
 #: The longest name of a file.
 _LONGEST = 245
 
@@ -92,7 +92,7 @@ def module_of(
     parameters = []
     for array, (dtype, ndim) in zip(kernel.input_names, inputs, strict=True):
         parameters.append(f"    const {_TYPES[dtype][1]}* {array}")
-        for what, kind in _ASKED.items() if ndim else ():
+        for what, kind in ASKED.items() if ndim else ():
             if f"{array}_{what}" in kernel.source:
                 parameters.append(f"    const __grid_constant__ {kind} {array}_{what}")
     for array, dtype in zip(kernel.output_names, output_dtypes, strict=True):

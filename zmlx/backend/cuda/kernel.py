@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
-from zmlx.backend.cuda.addresses import Addresses, Forms, current
+from zmlx.backend.cuda.addresses import Addresses, Forms, current, run_of
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
@@ -76,7 +76,8 @@ def launch_of(definition: Definition) -> Launch:
             kernel, inputs = variants.by_address(held, key or (False, (), ()), inputs, kernel)
         if output_dtypes != kernel.output_dtypes or template != kernel.template:
             kernel.notice(inputs, output_dtypes, template)
-        return kernel.run(  # type: ignore[no-any-return]
+        run = kernel.run if held is None else run_of(kernel)
+        return run(  # type: ignore[no-any-return]
             inputs=inputs,
             output_shapes=output_shapes,
             output_dtypes=output_dtypes,
