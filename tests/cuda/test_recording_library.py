@@ -1,0 +1,61 @@
+"""The native part of recordings compiles with the headers that NVIDIA's and MLX's wheels have."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from nvrtc_program import EXPECTED, compile_program, is_missing
+
+from zmlx.backend.cuda import library, recording
+from zmlx.backend.extension import NativeUnavailable, find_compiler, mlx_include
+
+
+def cuda_include() -> Path | None:
+    """Return the folder of CUDA's headers, or None where NVIDIA's wheel is not installed."""
+    try:
+        files = metadata.files("nvidia-cuda-runtime") or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = (file for file in files if file.as_posix().endswith("include/cuda.h"))
+    return next((Path(str(file.locate())).parent for file in found), None)
+
+
+@pytest.mark.skipif(
+    (cuda_include() is None or shutil.which("c++") is None) and not EXPECTED,
+    reason="no nvidia-cuda-runtime (in the extra dev), or no compiler",
+)
+def test_it_compiles(tmp_path):
+    include = cuda_include()
+    assert include is not None
+    built = library.build(tmp_path, find_compiler(), [mlx_include(), include])
+    assert [built] == list(tmp_path.iterdir())
+    data = built.read_bytes()
+    # Found by name while it runs: no library of CUDA's has to be there to load it.
+    assert b"cuGraphAddKernelNode_v2" in data
+    assert b"libcudart" not in data
+
+
+def test_what_does_not_compile_is_told(tmp_path):
+    with pytest.raises(NativeUnavailable, match=r"compiling .* failed"):
+        library.build(tmp_path, find_compiler(), [])
+
+
+def test_without_the_compiler_of_MLX_there_is_none():
+    """It is what compiles kernels, too."""
+    library.load.cache_clear()
+    with pytest.raises(NativeUnavailable):
+        library.load()
+
+
+@pytest.mark.skipif(is_missing(), reason="no nvidia-cuda-nvrtc (in the extra dev)")
+def test_the_kernel_that_copies_compiles():
+    assert compile_program(recording.mover_text(128)) is None
+
+
+def test_the_most_that_are_copied_is_the_same_in_both_languages():
+    text = (library.SOURCE / "recording.h").read_text()
+    assert "kMostMoves = 128;" in text
+    assert "from[128]" in recording.mover_text(128)

@@ -1,0 +1,177 @@
+"""Recorded steps: what is recorded, where everything lies, and that it computes the step.
+
+Without a GPU the launches run one by one in the emulator, each on what the plan says and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+
+import mlx.core as mx
+import pytest
+from emulated_cuda import emulate_cuda
+from mlx_lm.models.cache import make_prompt_cache
+from simulated_recording import SimulatedRecording
+from zoo.build import build
+
+from zmlx.backend.cuda.jit_module import KernelText, module_of
+from zmlx.backend.cuda.recording import BYTES
+from zmlx.graph import building, layout, lending
+from zmlx.graph.caches import Layout
+from zmlx.graph.launches import Launch
+from zmlx.graph.planning import _told, steps
+from zmlx.graph.program import DecodeProgram, traced_step
+from zmlx.graph.replayed import Replayed
+
+PROMPT = mx.array([[11, 95, 3, 152, 27, 64, 118]])
+TOKENS = (71, 8, 133, 40)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Every recording that is made, as it is simulated."""
+    made: list[SimulatedRecording] = []
+
+    def recorded(self, launches):
+        made.append(SimulatedRecording(self._parts, steps(self._parts, launches.constants)))
+        return made[-1]
+
+    monkeypatch.setattr(Replayed, "_recorded", recorded)
+    return made
+
+
+def prompted(model, prompt=PROMPT):
+    cache = make_prompt_cache(model)
+    mx.eval(model(prompt, cache=cache))
+    return cache
+
+
+def program_of(model, cache, monkeypatch, **options):
+    """Return a program of a model's body, as on CUDA."""
+
+    def forward(tokens, caches):
+        return model.model(tokens, cache=caches)
+
+    emulate_cuda(monkeypatch)
+    layout = Layout.of(cache)
+    return DecodeProgram(traced_step(forward, layout, tried=False), layout, **options), forward
+
+
+def far(found, truth):
+    return (mx.abs(found - truth).max() / mx.abs(truth).max()).item()
+
+
+MODELS = {
+    "llama": {},
+    "qwen3_moe": {},
+    "lfm2": {},
+    # What its kernels read are parts of what others made.
+    "glm4_moe_lite": {"dtype": mx.bfloat16, "quantize": {"bits": 4, "group_size": 32}},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recorded_step_is_the_step(name, recordings, monkeypatch):
+    model = build(name, **MODELS[name])
+    cache = prompted(model)
+    plain, stock = copy.deepcopy(cache), copy.deepcopy(cache)
+    program, forward = program_of(model, cache, monkeypatch, recorded=True)
+    other = DecodeProgram(program.traced, program.layout)
+    for number, token in enumerate(TOKENS):
+        tokens = mx.array([[token]])
+        found, truth = program(tokens, cache), other(tokens, plain)
+        # The same kernels: a value that is read from another place would show.
+        assert far(found, truth) == 0, number
+        assert far(found, forward(tokens, stock)) < (0.1 if "dtype" in MODELS[name] else 1e-5)
+    # The first step of a form is MLX's.
+    assert [recording.runs for recording in recordings] == [len(TOKENS) - 1]
+    assert recordings[0].found.size < sum(
+        value.size * value.dtype.size
+        for node in recordings[0].parts.launches
+        for value in node.outputs
+    )
+
+
+def test_two_caches_take_turns(recordings, monkeypatch):
+    model = build("llama")
+    caches = [prompted(model), prompted(model, PROMPT[:, :4])]
+    stock = copy.deepcopy(caches)
+    program, forward = program_of(model, caches[0], monkeypatch, recorded=True)
+    for token in TOKENS:
+        tokens = mx.array([[token]])
+        found = [program(tokens, cache) for cache in caches]
+        truth = [forward(tokens, cache) for cache in stock]
+        assert all(far(f, t) < 1e-5 for f, t in zip(found, truth, strict=True))
+    [recording] = recordings
+    assert recording.runs == 2 * len(TOKENS) - 1
+
+
+def test_larger_buffers_are_another_recording(recordings, monkeypatch):
+    monkeypatch.setattr(lending, "ROOM", 8)
+    model = build("llama")
+    cache = prompted(model)
+    stock = copy.deepcopy(cache)
+    program, forward = program_of(model, cache, monkeypatch, recorded=True)
+    for token in TOKENS * 3:
+        tokens = mx.array([[token]])
+        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    # One token, then eight, then three.
+    assert [recording.runs for recording in recordings] == [7, 2]
+
+
+def test_each_kernel_is_given_what_its_signature_says(recordings, monkeypatch):
+    """MLX writes the signature: a pointer for each array, and what the text asks of its layout."""
+    model = build("qwen3_moe")
+    cache = prompted(model)
+    program, _ = program_of(model, cache, monkeypatch, recorded=True)
+    for token in TOKENS[:2]:
+        program(mx.array([[token]]), cache)
+    [recording] = recordings
+    kinds = {"int": 4, "Shape": 40, "Strides": 80}
+    asked = set()
+    for node, (launch, arguments) in zip(
+        recording.parts.launches, recording.found.launches, strict=True
+    ):
+        kernel = launch.kernel
+        outputs = tuple(f"made{number}" for number in range(len(node.outputs)))
+        text = KernelText(kernel.name, kernel.input_names, outputs, kernel.source, "")
+        given = [(value.dtype, value.ndim) for value in node.inputs]
+        module = module_of(text, given, launch.dtypes, launch.template or ())
+        signature = module.text.partition("__global__ void")[2].partition(") {")[0]
+        lines = signature.splitlines()[1:]
+        assert len(lines) == len(arguments)
+        for line, argument in zip(lines, arguments, strict=True):
+            kind = line.rstrip(",").split()[-2]
+            assert len(argument.value) == kinds.get(kind, 0), line
+            assert (argument.base == BYTES) == (kind in kinds), line
+            asked.add(kind)
+    assert "Strides" in asked
+
+
+def test_shapes_and_strides_are_what_MLX_passes():
+    at = layout.transposed(layout.whole((2, 3, 4)), (1, 0, 2))
+    assert struct.unpack("=10i", _told(at, "shape")) == (3, 2, 4, *[0] * 7)
+    assert struct.unpack("=10q", _told(at, "strides")) == (4, 12, 1, *[0] * 7)
+    assert struct.unpack("=i", _told(at, "ndim")) == (3,)
+
+
+def test_a_grid_is_laid_out_as_MLX_does_it():
+    launch = Launch(None, (), (), (100, 3, 1), (32, 8, 1), None)
+    assert (launch.blocks, launch.block) == ((4, 1, 1), (32, 3, 1))
+
+
+def test_a_step_that_cannot_be_recorded_is_built_by_MLX(monkeypatch, capsys):
+    """Products of float32 with every head's own matrix are MLX's."""
+    monkeypatch.setattr(building.speech, "level", lambda: "debug")
+    model = build("deepseek_v3")
+    cache = prompted(model)
+    stock = copy.deepcopy(cache)
+    program, forward = program_of(model, cache, monkeypatch, recorded=True)
+    for token in TOKENS:
+        tokens = mx.array([[token]])
+        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    said = capsys.readouterr().err
+    assert said.count("is not recorded") == 1
+    assert "Matmul" in said
