@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from importlib import metadata
-from pathlib import Path
-
 import pytest
-from nvrtc_program import EXPECTED, compile_program, is_missing
+from cuda_headers import cannot_compile, cuda_include
+from nvrtc_program import compile_program, is_missing
 
 from zmlx.backend.cuda import library, recording
 from zmlx.backend.extension import NativeUnavailable, find_compiler, mlx_include
 
 
-def cuda_include() -> Path | None:
-    """Return the folder of CUDA's headers, or None where NVIDIA's wheel is not installed."""
-    try:
-        files = metadata.files("nvidia-cuda-runtime") or []
-    except metadata.PackageNotFoundError:
-        return None
-    found = (file for file in files if file.as_posix().endswith("include/cuda.h"))
-    return next((Path(str(file.locate())).parent for file in found), None)
-
-
 @pytest.mark.skipif(
-    (cuda_include() is None or shutil.which("c++") is None) and not EXPECTED,
-    reason="no nvidia-cuda-runtime (in the extra dev), or no compiler",
+    cannot_compile(), reason="no nvidia-cuda-runtime (in the extra dev), or no compiler"
 )
 def test_it_compiles(tmp_path):
     include = cuda_include()
