@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from cuda_headers import cannot_compile, cuda_include
 from nvrtc_program import compile_program, is_missing
+from nvrtc_program import library as nvrtc_library
 
 from zmlx.backend.cuda import library, recording
+from zmlx.backend.cuda.ahead import lean_for
+from zmlx.backend.cuda.nvrtc import Compiler
 from zmlx.backend.extension import NativeUnavailable, find_compiler, mlx_include
 
 
@@ -45,3 +50,12 @@ def test_the_most_that_are_copied_is_the_same_in_both_languages():
     text = (library.SOURCE / "recording.h").read_text()
     assert "kMostMoves = 128;" in text
     assert "from[128]" in recording.mover_text(128)
+
+
+@pytest.mark.skipif(is_missing(), reason="no nvidia-cuda-nvrtc (in the extra dev)")
+def test_the_kernel_that_copies_is_compiled_as_others_are():
+    nvrtc, _ = nvrtc_library()
+    compiler = Compiler(nvrtc, ())
+    options = lean_for(compiler, 90, Path()).options
+    binary, name = recording.mover(compiler, options, 128)
+    assert (binary[:4], name) == (b"\x7fELF", "zmlx_move")

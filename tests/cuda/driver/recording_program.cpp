@@ -132,6 +132,10 @@ void blocks_are_used_again() {
   }
   // Two blocks: one was given back to the driver, and made anew.
   EXPECT(fake_living() == before + 2);
+  // What another stream does with a block is not known to be over.
+  auto out = outputs();
+  recording.launch(stream(2), {x, buffer}, out);
+  EXPECT(fake_living() == before + 4);
 }
 
 void arrays_outlive_their_recording() {

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from zmlx.backend.cuda import library
 from zmlx.backend.cuda.ahead import lean
+from zmlx.backend.cuda.nvrtc import Compiler
 
 #: What stands at the beginning of an address: as in the C++ of the same names.
 BYTES, ARENA, FIXED, BUFFER = range(4)
@@ -166,6 +167,7 @@ def record(plan: Plan) -> Recording:
 
     Raises:
         zmlx.backend.extension.NativeUnavailable: what it takes cannot be compiled here.
+        zmlx.backend.cuda.nvrtc.CompileError: so it is with the kernel that copies.
         RuntimeError: CUDA refuses something.
         ValueError: more arrays would be copied than one kernel takes.
     """
@@ -175,21 +177,15 @@ def record(plan: Plan) -> Recording:
     found = lean()
     if found is None:
         raise RuntimeError("kernels cannot be compiled ahead here")
-    mover = found.compiler.binary(
-        mover_text(native.most_moves),
-        _MOVER,
-        file=f"{_MOVER}.cu",
-        headers={},
-        options=found.options,
-    )
-    binaries = list(dict.fromkeys([mover, *(kernel.binary for kernel in plan.kernels)]))
+    moves = mover(found.compiler, found.options, native.most_moves)
+    binaries = list(dict.fromkeys([moves, *(kernel.binary for kernel in plan.kernels)]))
     numbers = {binary: number for number, binary in enumerate(binaries)}
     # A sum, so that it lies where the device's own arrays do.
     arena = mx.zeros((max(plan.size, ALIGNED),), mx.uint8) + mx.array(0, mx.uint8)
     mx.eval(arena, plan.fixed)
     held = native.record(
         binaries,
-        numbers[mover],
+        numbers[moves],
         [
             (
                 numbers[kernel.binary],
@@ -206,6 +202,16 @@ def record(plan: Plan) -> Recording:
         list(plan.fixed),
     )
     return Recording(native, held, plan)
+
+
+def mover(compiler: Compiler, options: Sequence[str], most: int) -> tuple[bytes, str]:
+    """Return the binary of the kernel that copies up to `most` arrays, and its name.
+
+    Raises:
+        zmlx.backend.cuda.nvrtc.CompileError: it does not compile.
+    """
+    file = f"{_MOVER}.cu"
+    return compiler.binary(mover_text(most), _MOVER, file=file, headers={}, options=options)
 
 
 def mover_text(most: int) -> str:

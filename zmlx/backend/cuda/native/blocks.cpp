@@ -38,7 +38,7 @@ Blocks::~Blocks() {
   // Nothing can be done about a failure: at the end of a process there is no driver any more.
   CUcontext before = nullptr;
   ZMLX_DRIVER(cuCtxPushCurrent)(context_);
-  for (auto& [size, blocks] : free_) {
+  for (auto& [key, blocks] : free_) {
     for (mx::cu::CudaBuffer* block : blocks) {
       ZMLX_DRIVER(cuMemFree)(reinterpret_cast<CUdeviceptr>(block->data));
       delete block;
@@ -52,7 +52,7 @@ CUdeviceptr Blocks::give(mx::array& array, CUstream stream) {
   mx::cu::CudaBuffer* block = nullptr;
   {
     std::lock_guard lock(mutex_);
-    auto& blocks = free_[size];
+    auto& blocks = free_[{stream, size}];
     if (!blocks.empty()) {
       block = blocks.back();
       blocks.pop_back();
@@ -65,16 +65,17 @@ CUdeviceptr Blocks::give(mx::array& array, CUstream stream) {
   }
   const auto address = reinterpret_cast<CUdeviceptr>(block->data);
   array.set_data(mx::allocator::Data(
-      mx::allocator::Buffer(block), [owner = shared_from_this()](mx::allocator::Buffer buffer) {
-        owner->take_back(static_cast<mx::cu::CudaBuffer*>(buffer.ptr()));
+      mx::allocator::Buffer(block),
+      [owner = shared_from_this(), stream](mx::allocator::Buffer buffer) {
+        owner->take_back(static_cast<mx::cu::CudaBuffer*>(buffer.ptr()), stream);
       }));
   return address;
 }
 
-void Blocks::take_back(mx::cu::CudaBuffer* block) {
+void Blocks::take_back(mx::cu::CudaBuffer* block, CUstream stream) {
   if (block->device == int(device_)) {
     std::lock_guard lock(mutex_);
-    free_[block->size].push_back(block);
+    free_[{stream, block->size}].push_back(block);
     return;
   }
   CUcontext before = nullptr;

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include <cuda.h>
@@ -16,8 +17,8 @@ namespace zmlx {
 namespace mx = mlx::core;
 
 // MLX does not let others allocate what its own operations do. A block that comes back is given out
-// at once: whoever read it has finished, since MLX keeps what a kernel reads until then, and the
-// writers, the launches of one recording, run one after another.
+// at once, on the stream that it was made for: whoever read it has finished, since MLX keeps what a
+// kernel reads until then, and what wrote to it was put on the stream before.
 class Blocks : public std::enable_shared_from_this<Blocks> {
  public:
   // Of the current context.
@@ -30,13 +31,16 @@ class Blocks : public std::enable_shared_from_this<Blocks> {
   CUdeviceptr give(mx::array& array, CUstream stream);
 
  private:
-  void take_back(mx::cu::CudaBuffer* block);
+  // A stream and a size.
+  using Key = std::pair<CUstream, size_t>;
+
+  void take_back(mx::cu::CudaBuffer* block, CUstream stream);
 
   CUcontext context_ = nullptr;
   CUdevice device_ = 0;
   std::mutex mutex_;
-  // size -> blocks that nobody holds
-  std::map<size_t, std::vector<mx::cu::CudaBuffer*>> free_;
+  // Blocks that nobody holds.
+  std::map<Key, std::vector<mx::cu::CudaBuffer*>> free_;
 };
 
 } // namespace zmlx
