@@ -178,7 +178,7 @@ class Session:
         note = f"decode: {settings.tokens} tokens after the prompt, {settings.runs} runs"
         if settings.batches:
             note += f"; batches: after {settings.contexts[0]} tokens each"
-        notes = (f"{note}; peak memory from a run of its own", *dict.fromkeys(self.notes))
+        notes = (note, *dict.fromkeys(self.notes))
         title = "decode of mlx-lm, stock against zmlx"
         return collect(
             title, self.runs, QUANTITIES, plans=self.plans, notes=(*notes, *self.failures)
