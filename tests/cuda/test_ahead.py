@@ -93,11 +93,11 @@ def test_each_form_is_there_before_it_is_evaluated(here):
         if name.endswith(".ptx"):
             assert data.startswith(b"\x7fELF")
         else:
-            line = (
-                rb"mlx::core::cu::(custom_kernel_\w+)\t_ZN3mlx4core2cu\d+(custom_kernel_\w+?)E\w+\n"
-            )
+            line = rb"mlx::core::cu::(\w+)\t_ZN3mlx4core2cu\d+(custom_\w+?)E\w+\n"
             found = re.fullmatch(line, data)
-            assert found and found[1] == found[2] and name.startswith(found[1].decode())
+            assert found is not None
+            assert found[1] == found[2]
+            assert name.startswith(found[1].decode())
 
 
 def test_files_are_written_once(here, compiler, monkeypatch):
