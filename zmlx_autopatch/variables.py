@@ -50,6 +50,11 @@ def text(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
+def foreign(name: str) -> "str | None":
+    """Return a variable that is not zmlx's, where zmlx has to do as its owner does."""
+    return os.environ.get(name)
+
+
 def peeker(name: str) -> "Callable[[], object]":
     """Return a function that tells cheaply whether a variable has changed.
 

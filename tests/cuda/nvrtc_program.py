@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from zmlx.backend.cuda import CudaSource
+from zmlx.backend.cuda.headers import headers
 
 #: What every program of MLX begins with.
 START = '#include "mlx/backend/cuda/device/utils.cuh"\n#include <cooperative_groups.h>\n'
@@ -43,6 +44,8 @@ IdxT elem_to_loc(IdxT i, const int* shape, const int64_t* strides, int ndim) {
 }
 }
 """
+#: The headers with which MLX compiles.
+FULL = {"mlx/backend/cuda/device/utils.cuh": UTILS}
 DTYPES = {
     mx.bool_: "bool",
     mx.int8: "int8_t",
@@ -128,14 +131,20 @@ def assemble(
     )
 
 
-def compile_program(*kernels: str, architecture: str = "sm_90a") -> str | None:
+def compile_program(*kernels: str, architecture: str = "sm_90a", leanly: bool = True) -> str | None:
     """Return None when kernels compile in one program, else what the compiler says.
 
     Args:
         *kernels: texts, one after another.
         architecture: of the device, by default that of an H200.
+        leanly: whether they have to compile with the headers for compiling ahead, too.
     """
-    compiled, log = _compiled(kernels, f"--gpu-architecture={architecture}")
+    target = f"--gpu-architecture={architecture}"
+    compiled, log = _compiled(kernels, target)
+    if compiled and leanly:
+        # No more than the front end: what it says is what can differ.
+        target = target.replace("sm_", "compute_")
+        compiled, log = _compiled(kernels, target, headers=headers())
     return None if compiled else log
 
 
@@ -146,16 +155,19 @@ def registers(*kernels: str) -> list[int]:
     return [int(number) for number in re.findall(r"Used (\d+) registers", log)]
 
 
-def _compiled(kernels: Sequence[str], *extra: str) -> tuple[bool, str]:
+def _compiled(
+    kernels: Sequence[str], *extra: str, headers: Mapping[str, str] = FULL
+) -> tuple[bool, str]:
     """Compile, and return whether that went well, and what the compiler says."""
     found = library()
     assert found is not None
     nvrtc, includes = found
     handle = ctypes.c_void_p()
-    names = (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh")
-    texts = (ctypes.c_char_p * 1)(UTILS.encode())
+    names = (ctypes.c_char_p * len(headers))(*(name.encode() for name in headers))
+    texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
+    whole = (START + "\n".join(kernels)).encode()
     made = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(handle), (START + "\n".join(kernels)).encode(), b"kernel.cu", 1, texts, names
+        ctypes.byref(handle), whole, b"kernel.cu", len(headers), texts, names
     )
     assert made == 0, f"nvrtcCreateProgram: {made}"
     options = [

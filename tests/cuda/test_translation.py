@@ -230,6 +230,7 @@ def test_a_body_for_cuda_has_a_launch_of_its_own(monkeypatch):
         mx.fast, "cuda_kernel", lambda **given: lambda **call: calls.append(call) or []
     )
     given = {"inputs": [], "grid": (1, 1, 1), "threadgroup": (1, 1, 1), "template": None}
+    given["output_dtypes"] = [mx.float32]
     for body in (CudaBody("x;"), CudaBody("x;", launch=((64, 3, 1), (32, 1, 1)))):
         compiled(define("x;", cuda=body))(**given)
     assert calls == [given, {**given, "grid": (64, 3, 1), "threadgroup": (32, 1, 1)}]

@@ -8,10 +8,13 @@ formats, on inputs of ordinary size. What the graph did is computed in float32: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 
+from zmlx.backend import for_kernels
+from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.backend.outputs import together
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import FUSED, emit
@@ -79,7 +82,8 @@ def _probe(
     # Copies, for the others are read by what is compared.
     arrays = [inputs[v] + 0 if v in written else inputs[v] for v in node.inputs]
     mx.eval(arrays)
-    results = list(together(node.arguments[0](*arrays)))
+    with _as_in_a_program(after.constants[v] for v in node.inputs if v in after.constants):
+        results = list(together(node.arguments[0](*arrays)))
     buffers = [array for v, array in zip(node.inputs, arrays, strict=True) if v in written]
     if buffers:
         results += mx.depends(buffers, results)
@@ -118,6 +122,13 @@ def _bytes_in_float32(
     held = [graph.constants[value] for value in read & graph.constants.keys()]
     # A word of packed weights is eight values, or some more.
     return sum(4 * array.size * (8 if array.dtype == mx.uint32 else 1) for array in held)
+
+
+def _as_in_a_program(constants: Iterable[mx.array]) -> AbstractContextManager[None]:
+    """Have kernels take constants as a program's do, so that what is tried is what runs."""
+    if for_kernels(has_reference=False) != "cuda":
+        return nullcontext()
+    return in_force(Addresses(constants))
 
 
 def _random(value: Value, seed: int, experts: int) -> mx.array:

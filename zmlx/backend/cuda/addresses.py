@@ -18,6 +18,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from zmlx.backend.cuda.ahead import Kernel
+from zmlx.backend.cuda.source import CudaSource
+
 #: Arrays whose addresses one launch finds out.
 _AT_ONCE = 16
 #: The input with the table, and how many addresses it has at least: MLX puts arrays of a few bytes
@@ -138,20 +141,14 @@ def _addresses(arrays: Sequence[mx.array]) -> list[int]:
     bytes_of = [array.view(mx.uint8) for array in arrays]
     mx.eval(bytes_of)
     names = [f"array{number}" for number in range(_AT_ONCE)]
-    kernel: Any = mx.fast.cuda_kernel(
-        name="zmlx_addresses",
-        input_names=names,
-        output_names=["out"],
-        source="\n".join(
-            f"out[{i}] = reinterpret_cast<uint64_t>({n});" for i, n in enumerate(names)
-        ),
-        header="",
-        ensure_row_contiguous=False,
-    )
+    lines = (f"out[{i}] = reinterpret_cast<uint64_t>({n});" for i, n in enumerate(names))
+    source = CudaSource("", "\n".join(lines), tuple(names))
+    kernel = Kernel("zmlx_addresses", names, ["out"], source, ensure_row_contiguous=False)
+    kernel.notice(bytes_of[:1] * _AT_ONCE, [mx.uint64], None)
     found: list[int] = []
     for first in range(0, len(arrays), _AT_ONCE):
         some = bytes_of[first : first + _AT_ONCE]
-        [out] = kernel(
+        [out] = kernel.run(
             inputs=[*some, *[some[0]] * (_AT_ONCE - len(some))],
             output_shapes=[(_AT_ONCE,)],
             output_dtypes=[mx.uint64],

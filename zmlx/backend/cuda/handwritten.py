@@ -9,9 +9,10 @@ import mlx.core as mx
 
 from zmlx.backend.capability import architecture
 from zmlx.backend.cuda.addresses import Forms, current
+from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
-from zmlx.backend.definition import CudaBody, Definition, Launch
+from zmlx.backend.definition import CudaBody, Definition, Launch, Template
 
 
 def own_body(definition: Definition) -> CudaBody | None:
@@ -32,17 +33,17 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
     if body.launch is not None:
         layout = dict(zip(("grid", "threadgroup"), body.launch, strict=True))
 
-    def make(key: object, told: str, names: Sequence[str]) -> Any:
+    def make(key: object, told: str, names: Sequence[str]) -> Kernel:
         del key
-        given = CudaSource(body.header, body.source, definition.input_names)
-        source = shortened(given, definition.name)
-        return mx.fast.cuda_kernel(
-            name=definition.name,
-            input_names=list(names),
-            output_names=list(definition.output_names),
-            source=told + source.body,
-            header=source.header,
+        whole = CudaSource(body.header, body.source, definition.input_names)
+        source = shortened(whole, definition.name)
+        return Kernel(
+            definition.name,
+            names,
+            definition.output_names,
+            CudaSource(source.header, told + source.body, tuple(names)),
             ensure_row_contiguous=definition.ensure_row_contiguous,
+            whole=whole,
         )
 
     def asks_about(name: str) -> bool:
@@ -51,12 +52,21 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
     plain = make(None, "", definition.input_names)
     forms = Forms(make, asks_about)
 
-    def launch(*, inputs: Sequence[Any], **rest: Any) -> list[mx.array]:
+    def launch(
+        *,
+        inputs: Sequence[Any],
+        output_dtypes: Sequence[mx.Dtype],
+        template: Template | None = None,
+        **rest: Any,
+    ) -> list[mx.array]:
         rest.update(layout)
-        held = current()
-        if held is None:
-            return plain(inputs=inputs, **rest)  # type: ignore[no-any-return]
-        kernel, left = forms.choose(held, None, definition.input_names, inputs, plain)
-        return kernel(inputs=left, **rest)  # type: ignore[no-any-return]
+        kernel, held = plain, current()
+        if held is not None:
+            kernel, inputs = forms.choose(held, None, definition.input_names, inputs, plain)
+        if output_dtypes != kernel.output_dtypes or template != kernel.template:
+            kernel.notice(inputs, output_dtypes, template)
+        return kernel.run(  # type: ignore[no-any-return]
+            inputs=inputs, output_dtypes=output_dtypes, template=template, **rest
+        )
 
     return cast(Launch, launch)

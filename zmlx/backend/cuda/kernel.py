@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
 from zmlx.backend.cuda.addresses import Addresses, Forms, current
+from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
-from zmlx.backend.cuda.source import Translation, Variant
+from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
 
-_Kernel = Callable[..., list[mx.array]]
 _Size = tuple[int, int, int]
 
 
@@ -74,7 +74,9 @@ def launch_of(definition: Definition) -> Launch:
         held = current()
         if held is not None:
             kernel, inputs = variants.by_address(held, key or (False, (), ()), inputs, kernel)
-        return kernel(
+        if output_dtypes != kernel.output_dtypes or template != kernel.template:
+            kernel.notice(inputs, output_dtypes, template)
+        return kernel.run(  # type: ignore[no-any-return]
             inputs=inputs,
             output_shapes=output_shapes,
             output_dtypes=output_dtypes,
@@ -98,34 +100,34 @@ class _Variants:
 
     def __init__(self, definition: Definition) -> None:
         self._translation = Translation(definition)
-        self.kernels: dict[tuple[Any, ...], _Kernel] = {}
+        self.kernels: dict[tuple[Any, ...], Kernel] = {}
         self.watched = self._translation.watched
         self._forms = Forms(self._made, self._translation.asks_about)
 
-    def get(self, variant: Variant) -> _Kernel:
+    def get(self, variant: Variant) -> Kernel:
         """Return the kernel of a variant."""
         kernel = self.kernels.get(variant)
         if kernel is None:
             kernel = self.kernels[variant] = self._made(variant)
         return kernel
 
-    def _made(self, variant: Variant, told: str = "", names: Sequence[str] = ()) -> _Kernel:
+    def _made(self, variant: Variant, told: str = "", names: Sequence[str] = ()) -> Kernel:
         """Return a kernel; with `told` before its body, and inputs `names`, if they are given."""
         definition = self._translation.definition
-        source = shortened(self._translation.source(variant), definition.name)
-        made = mx.fast.cuda_kernel(
-            name=definition.name,
-            input_names=list(names or source.input_names),
-            output_names=list(definition.output_names),
-            source=told + source.body,
-            header=source.header,
+        whole = self._translation.source(variant)
+        source = shortened(whole, definition.name)
+        return Kernel(
+            definition.name,
+            names or source.input_names,
+            definition.output_names,
+            CudaSource(source.header, told + source.body, source.input_names),
             ensure_row_contiguous=definition.ensure_row_contiguous,
+            whole=whole,
         )
-        return cast(_Kernel, made)
 
     def by_address(
-        self, held: Addresses, key: tuple[Any, ...], inputs: Sequence[Any], kernel: _Kernel
-    ) -> tuple[_Kernel, Sequence[Any]]:
+        self, held: Addresses, key: tuple[Any, ...], inputs: Sequence[Any], kernel: Kernel
+    ) -> tuple[Kernel, Sequence[Any]]:
         """Return a kernel that takes inputs by address, and its inputs."""
         variant = Variant(*key)
         names = self._translation.source(variant).input_names

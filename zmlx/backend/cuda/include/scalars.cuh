@@ -222,10 +222,12 @@ struct small_limits {
   static constexpr S epsilon() { return S::from_bits(Epsilon); }
   static constexpr S denorm_min() { return S::from_bits(1); }
 };
-template <>
-struct numeric_limits<half> : small_limits<half, 0x0400, 0x7bff, 0x7c00, 0x7e00, 0x1400, 11> {};
-template <>
-struct numeric_limits<bfloat> : small_limits<bfloat, 0x0080, 0x7f7f, 0x7f80, 0x7fc0, 0x3c00, 8> {};
+// A template, so that what a kernel does not use is not in its binary.
+template <class Native>
+struct numeric_limits<small_float<Native>>
+    : conditional_t<is_same_v<Native, __half>,
+                    small_limits<half, 0x0400, 0x7bff, 0x7c00, 0x7e00, 0x1400, 11>,
+                    small_limits<bfloat, 0x0080, 0x7f7f, 0x7f80, 0x7fc0, 0x3c00, 8>> {};
 
 // MLX's own for Metal, whose members are values; kernels write it as `Limits`.
 template <class T>

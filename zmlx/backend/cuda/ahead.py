@@ -1,0 +1,222 @@
+"""Kernels compiled ahead of MLX, in a tenth of the time, and kept on disk.
+
+MLX compiles a custom kernel at its first evaluation in each process; more than nine tenths of that
+time go into headers of which the kernel uses next to nothing. So at the first call of a kernel with
+new types it is compiled with only what it uses of them, and put where MLX looks before it compiles.
+What does not go that way, for whatever reason, MLX compiles as ever, with its own messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Hashable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from zmlx.backend.capability import architecture
+from zmlx.backend.cuda import nvrtc
+from zmlx.backend.cuda.headers import headers
+from zmlx.backend.cuda.jit_module import (
+    KNOWN,
+    VERSION,
+    KernelText,
+    Module,
+    cache_folder,
+    file_in,
+    module_of,
+)
+from zmlx.backend.cuda.source import PRELUDE, CudaSource
+from zmlx.backend.definition import Template
+from zmlx_autopatch import speech
+
+#: Forms that a kernel remembers; more than that start over.
+_REMEMBERED = 4096
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]*)"(.*)$', re.MULTILINE)
+#: A comment that holds a hash of what the line includes.
+_DIGEST = re.compile(r"//\s*[0-9a-f]{8,64}\s*$")
+
+
+class Lean(NamedTuple):
+    """How kernels are compiled here.
+
+    Attributes:
+        compiler: what compiles them.
+        options: what it is told.
+        folder: where MLX looks for them.
+        digest: changes with whatever else a binary depends on but its kernel's text.
+    """
+
+    compiler: nvrtc.Compiler
+    options: tuple[str, ...]
+    folder: Path
+    digest: str
+
+
+class Kernel:
+    """A kernel for `mx.fast.cuda_kernel`.
+
+    Args:
+        name: the kernel's.
+        input_names: its inputs'.
+        output_names: its outputs'.
+        source: its text.
+        ensure_row_contiguous: as MLX takes it.
+        whole: the text before parts of it went into files, by default the same.
+
+    Attributes:
+        run: what MLX made of it. A call whose `output_dtypes` or `template` is not what it was at
+            the call before, which is here, has to be noticed first.
+
+    Raises:
+        RuntimeError: this MLX has no CUDA.
+    """
+
+    __slots__ = ("_forms", "_text", "output_dtypes", "run", "template")
+
+    def __init__(
+        self,
+        name: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        source: CudaSource,
+        *,
+        ensure_row_contiguous: bool,
+        whole: CudaSource | None = None,
+    ) -> None:
+        found = lean()
+        header = source.header if found is None else f"// {found.digest}\n{source.header}"
+        self.run: Any = mx.fast.cuda_kernel(
+            name=name,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            source=source.body,
+            header=header,
+            ensure_row_contiguous=ensure_row_contiguous,
+        )
+        self.output_dtypes: Sequence[mx.Dtype] | None = None
+        self.template: Template | None = None
+        self._forms: set[Hashable] = set()
+        self._text: KernelText | None = None
+        if found is not None and is_settled(whole or source):
+            names = tuple(input_names), tuple(output_names)
+            self._text = KernelText(name, *names, source.body, header)
+
+    def notice(
+        self, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], template: Template | None
+    ) -> None:
+        """Have what a call needs compiled before MLX needs it, if it comes for the first time.
+
+        Calls are told apart by what commonly differs; what differs otherwise MLX compiles.
+        """
+        first = getattr(inputs[0], "dtype", None) if inputs else None
+        form = (tuple(map(tuple, template or ())), tuple(output_dtypes), first)
+        if form not in self._forms:
+            if len(self._forms) >= _REMEMBERED:
+                self._forms.clear()
+            self._forms.add(form)
+            self._prepare(inputs, output_dtypes, template or ())
+        self.output_dtypes, self.template = output_dtypes, template
+
+    def _prepare(
+        self, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], template: Template
+    ) -> None:
+        found = lean()
+        if found is None or self._text is None:
+            return
+        arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+        try:
+            given = [(array.dtype, array.ndim) for array in arrays]
+            keep(module_of(self._text, given, output_dtypes, template), found)
+        except (nvrtc.CompileError, OSError, TypeError, ValueError) as failure:
+            if speech.level() == "debug":
+                speech.say(f"zmlx: kernel {self._text.name} is left to MLX: {failure}")
+
+
+def is_settled(source: CudaSource) -> bool:
+    """Return whether a text says all that is compiled; of a file it may have no more than a name.
+
+    What is included by a path must be this package's, or have a hash of its contents beside it.
+    """
+    return all(
+        path == str(PRELUDE) or _DIGEST.search(rest)
+        for text in (source.header, source.body)
+        for path, rest in _INCLUDE.findall(text)
+    )
+
+
+def keep(module: Module, lean: Lean) -> Path | None:
+    """Compile a module and put it where MLX looks, unless there is one.
+
+    Returns:
+        Its file; None where none can be.
+
+    Raises:
+        nvrtc.CompileError: it does not compile.
+        OSError: it cannot be written.
+    """
+    file = file_in(lean.folder, module.name)
+    names = file.with_suffix(".txt")
+    if file.is_file() and names.is_file():  # MLX cannot do with one of them
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        return None
+    binary, lowered = lean.compiler.binary(
+        module.text,
+        module.kernel,
+        file=f"{module.name}.cu",
+        headers=headers(),
+        options=lean.options,
+    )
+    # MLX reads the names when it has found the binary.
+    _write(names, f"{module.kernel}\t{lowered}\n".encode())
+    _write(file, binary)
+    return file
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file that is whole whenever it is there."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@cache
+def lean() -> Lean | None:
+    """Return how kernels are compiled in this process; None where that is left to MLX."""
+    if not mx.cuda.is_available() or VERSION not in KNOWN:
+        return None
+    compiler, folder = nvrtc.loaded(), cache_folder()
+    if compiler is None or folder is None:
+        return None
+    return lean_for(compiler, architecture(), folder)
+
+
+def lean_for(compiler: nvrtc.Compiler, capability: int, folder: Path) -> Lean:
+    """Return how kernels are compiled for an architecture (compute capability times ten)."""
+    accelerated = "a" if capability >= 90 else ""
+    options = (
+        "--device-as-default-execution-space",
+        f"--gpu-architecture=sm_{capability}{accelerated}",
+    )
+    return Lean(compiler, options, folder, _digest(*options, VERSION, *compiler.version))
+
+
+def _digest(*facts: object) -> str:
+    """Return a hash of facts, of the headers here, and of those that kernels include."""
+    digest = hashlib.sha256(repr((facts, headers())).encode())
+    for file in sorted(PRELUDE.parent.glob("*.cuh")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
