@@ -226,7 +226,7 @@ class Session:
                 break  # there is no profiler here, for no model
             self.kernels[source.name] = found
             bench = self.bench = None
-        self._write()
+            self._write()
 
     def _take(self, bench: Bench) -> None:
         """Move what a model gave since the last time into the session."""
