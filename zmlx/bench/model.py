@@ -222,11 +222,11 @@ class Session:
                 bench.prepare()
             found = bench.kernels()
             self._take(bench)
+            self._write()
             if not found:
                 break  # there is no profiler here, for no model
             self.kernels[source.name] = found
             bench = self.bench = None
-            self._write()
 
     def _take(self, bench: Bench) -> None:
         """Move what a model gave since the last time into the session."""
