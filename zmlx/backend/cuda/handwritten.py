@@ -14,7 +14,6 @@ from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
 from zmlx.backend.definition import CudaBody, Definition, Launch, Template
 
-
 #: MLX writes the kernel's signature, and has no place for bounds in it.
 _BOUNDED = "#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({})\n"
 
