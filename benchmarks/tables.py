@@ -176,10 +176,12 @@ def parts(capsule: Capsule, subject: str, variant: str) -> Iterator[str]:
 
 def patches(capsule: Capsule) -> Iterator[str]:
     """One row for each model: what patching takes and changes besides the speed."""
-    yield from head("model", "patching, s", "modules", "peak memory", "logits from stock's")
+    yield from head(
+        "model", "patching, s", "modules", "peak memory of decode", "logits from stock's"
+    )
     for name, labels in workloads_of(capsule).items():
         growth = []
-        for label in labels:
+        for label in (label for label in labels if label.startswith("context ")):
             stock, ours = both(capsule, f"{name}, {label}", "peak_memory")
             growth += [100 * (ours / stock - 1)] if stock and ours else []
         seconds, modules = (capsule.median(name, "zmlx", q) for q in ("patching", "modules"))

@@ -78,17 +78,17 @@ def test_everything_is_measured_for_both(measured):
     assert capsule.variants() == ["stock", "zmlx"]
     assert capsule.subjects() == [
         "this device",
+        "tiny-moe",
         "tiny-moe, context 8",
         "tiny-moe, context 20",
         "tiny-moe, prefill 16",
         "tiny-moe, batch 2",
         "tiny-moe, batch 3",
-        "tiny-moe",
     ]
     for label, rate in [("context 20", "decode"), ("prefill 16", "prefill"), ("batch 3", "decode")]:
         for variant in ("stock", "zmlx"):
             assert len(capsule.values(f"tiny-moe, {label}", variant, rate)) == 3
-            assert len(capsule.values(f"tiny-moe, {label}", variant, "peak_memory")) == 1
+            assert len(capsule.values(f"tiny-moe, {label}", variant, "peak_memory")) == 3
     for quantity in ("python", "encoding", "weights", "cache"):
         assert capsule.median("tiny-moe, context 8", "zmlx", quantity) > 0
     assert 0 < capsule.median("tiny-moe, context 8", "zmlx", "logits_apart") < 50
@@ -99,6 +99,22 @@ def test_everything_is_measured_for_both(measured):
     )
     assert content["capsule"]["runs"] == json.loads(json.dumps(content["capsule"]["runs"]))
     assert len(content["capsule"]["runs"]) == len(capsule.runs)
+
+
+def test_what_a_patched_model_keeps_is_not_stocks(folder, monkeypatch):
+    kept, patch = [], suite.patch
+
+    def keeping(network, **options):
+        kept.append(mx.zeros(2**22, mx.uint8))
+        mx.eval(kept)
+        return patch(network, **options)
+
+    monkeypatch.setattr(suite, "patch", keeping)
+    network, _ = mlx_lm.load(str(folder))
+    settings = Settings(contexts=(8,), runs=1, tokens=3, batches=(), prefill=0, breakdown=False)
+    bench = Bench("tiny", network, 512, settings, 1e9)
+    peaks = {run.variant: run.values.get("peak_memory") for run in bench.measure().runs}
+    assert peaks["zmlx"] - peaks["stock"] >= 2**22 - 2**16
 
 
 def test_stock_and_patched_take_turns(measured):

@@ -93,11 +93,11 @@ def test_each_form_is_there_before_it_is_evaluated(here):
         if name.endswith(".ptx"):
             assert data.startswith(b"\x7fELF")
         else:
-            line = (
-                rb"mlx::core::cu::(custom_kernel_\w+)\t_ZN3mlx4core2cu\d+(custom_kernel_\w+?)E\w+\n"
-            )
+            line = rb"mlx::core::cu::(\w+)\t_ZN3mlx4core2cu\d+(custom_\w+?)E\w+\n"
             found = re.fullmatch(line, data)
-            assert found and found[1] == found[2] and name.startswith(found[1].decode())
+            assert found is not None
+            assert found[1] == found[2]
+            assert name.startswith(found[1].decode())
 
 
 def test_files_are_written_once(here, compiler, monkeypatch):
@@ -115,10 +115,19 @@ def test_files_are_written_once(here, compiler, monkeypatch):
 def test_what_is_there_stays(here):
     file = here.folder / f"{module().name}.ptx"
     file.parent.mkdir(parents=True)
-    file.write_bytes(b"MLX's own")
+    for each in (file, file.with_suffix(".txt")):
+        each.write_bytes(b"MLX's own")
     assert keep(module(), here) == file
-    assert file.read_bytes() == b"MLX's own"
-    assert files(here) == [file.name]
+    assert file.read_bytes() == file.with_suffix(".txt").read_bytes() == b"MLX's own"
+
+
+@pytest.mark.parametrize("gone", [".ptx", ".txt"])
+def test_half_of_it_is_not_enough(here, gone):
+    file = keep(module(), here)
+    assert file is not None
+    file.with_suffix(gone).unlink()
+    assert keep(module(), here) == file
+    assert files(here) == [f"{module().name}.ptx", f"{module().name}.txt"]
 
 
 def test_names_come_before_the_binary(here, monkeypatch):

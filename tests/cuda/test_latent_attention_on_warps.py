@@ -165,7 +165,7 @@ def test_what_it_takes(dtype, rope, takes, monkeypatch):
     headers = set()
 
     def cuda_kernel(*, header, **_):
-        headers.add(header.startswith(PRIMITIVES))
+        headers.add(PRIMITIVES in header)
         return lambda *, output_shapes, output_dtypes, **_: [
             mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)
         ]

@@ -24,12 +24,15 @@ class CudaBody:
         architecture: the compute capability that it needs, times ten; devices of a lower one get
             the translated body.
         launch: grid and threadgroup, where threads are dealt out otherwise than for Metal.
+        threads: most threads of a block, where the compiler has to know them so that there are
+            registers for all; 0 where any number can run.
     """
 
     source: str
     header: str = ""
     architecture: int = 0
     launch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
+    threads: int = 0
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class Session:
         note = f"decode: {settings.tokens} tokens after the prompt, {settings.runs} runs"
         if settings.batches:
             note += f"; batches: after {settings.contexts[0]} tokens each"
-        notes = (f"{note}; peak memory from a run of its own", *dict.fromkeys(self.notes))
+        notes = (note, *dict.fromkeys(self.notes))
         title = "decode of mlx-lm, stock against zmlx"
         return collect(
             title, self.runs, QUANTITIES, plans=self.plans, notes=(*notes, *self.failures)
@@ -222,11 +222,11 @@ class Session:
                 bench.prepare()
             found = bench.kernels()
             self._take(bench)
+            self._write()
             if not found:
                 break  # there is no profiler here, for no model
             self.kernels[source.name] = found
             bench = self.bench = None
-        self._write()
 
     def _take(self, bench: Bench) -> None:
         """Move what a model gave since the last time into the session."""

@@ -2,12 +2,13 @@
 
 The patched model is a twin: two model objects, one copy of the weights, so that neither is patched
 or unpatched between runs. Each workload first runs a few tokens stock, before anything is patched,
-and then patched: what is compiled on first use is compiled there, and the peak memory of either is
-taken there, when the other holds nothing. Then timed runs alternate.
+and then patched: what is compiled on first use is compiled there. Then timed runs alternate. What a
+patched model keeps between runs does not count in the peak memory of stock.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,6 +150,7 @@ class Bench:
             settings.prefill,
         )
         self.first = self.decodes[0]
+        self.kept = 0  # bytes that the patched model holds when it does nothing
         self.result = Measured()
 
     @property
@@ -169,9 +171,11 @@ class Bench:
             for work in self.decodes:
                 self.caches[work.label] = self._cache_bytes(work)
             self.work = [work for work in self.work if self._warm_up(work, STOCK)]
+            before = _active_bytes()
             self._patch()
             self._compare(logits)
             self.work = [work for work in self.work if self._warm_up(work, ZMLX)]
+            self.kept = max(0, _active_bytes() - before)
             for each in self.work:
                 self._time(each)
             if self.settings.breakdown:
@@ -228,12 +232,8 @@ class Bench:
         self.on_line(f"{self.name}: {report.line().removeprefix('zmlx: ')}")
 
     def _warm_up(self, work: Workload, variant: str) -> bool:
-        """Run a workload once, for its peak memory; return whether it ran."""
-        outcome = self._tried(work, variant, min(self.settings.tokens, _WARM_TOKENS))
-        if outcome is None:
-            return False
-        self._add(work.label, variant, 0, {"peak_memory": float(outcome.peak_bytes)}, {})
-        return True
+        """Run a workload once; return whether it ran."""
+        return self._tried(work, variant, min(self.settings.tokens, _WARM_TOKENS)) is not None
 
     def _time(self, work: Workload) -> None:
         """Time one workload, stock and patched in turn, and say what came out."""
@@ -245,7 +245,8 @@ class Bench:
                 if outcome is None:
                     return
                 rates[variant].append(outcome.rate)
-                values = {outcome.quantity: outcome.rate}
+                peak = outcome.peak_bytes - (self.kept if variant == STOCK else 0)
+                values = {outcome.quantity: outcome.rate, "peak_memory": float(peak)}
                 if isinstance(work, Decode):
                     values["of_the_limit"] = self._share(work, outcome.rate)
                 self._add(work.label, variant, 1 + number, values, outcome.samples)
@@ -367,6 +368,13 @@ class Bench:
         lists = {name: list(numbers) for name, numbers in samples.items()}
         run = Run(f"{self.name}, {label}", variant, repeat, dict(values), lists)
         self.result.runs.append(run)
+
+
+def _active_bytes() -> int:
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
 
 
 @contextmanager

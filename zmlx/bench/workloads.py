@@ -21,7 +21,7 @@ import numpy as np
 from zmlx.bench.prompts import Prompts
 
 #: Steps of a timed batch at most: it gives many tokens in each.
-_BATCH_STEPS = 32
+_BATCH_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Batch:
         return f"batch {len(self.prompts)}"
 
     def run(self, model: nn.Module, tokens: int, prompts: Prompts) -> Outcome:
-        """Generate `tokens` tokens for each prompt, two or more, though not more than 33."""
+        """Generate `tokens` tokens for each prompt, two or more, though not more than 17."""
         wanted = min(tokens, _BATCH_STEPS + 1)
         size = len(self.prompts)
         caches = [prompts.after(prompt) for prompt in self.prompts]

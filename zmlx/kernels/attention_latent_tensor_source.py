@@ -13,6 +13,8 @@ from zmlx.kernels.attention_source import Variant, filled
 
 #: Elements of a warp.
 SLICE = 64
+#: Threads of a block for the longest latents: eight warps of elements, and one of rotated parts.
+MOST_THREADS = 9 * 32
 
 HEADER = """
 namespace attention {

@@ -18,7 +18,7 @@ from zmlx.kernels import (
     attention_source,
     attention_tensor_source,
 )
-from zmlx.kernels.attention_latent_tensor_source import SLICE
+from zmlx.kernels.attention_latent_tensor_source import MOST_THREADS, SLICE
 from zmlx.kernels.attention_source import AHEAD, CHUNK, THREADS, Variant
 from zmlx.kernels.attention_tensor_source import WARPS
 from zmlx.kernels.rope import Rope
@@ -350,6 +350,13 @@ def _power_of_two(number: int) -> int:
 def _definition(variant: Variant) -> Definition:
     source = attention_latent_source if variant.latent else attention_source
     tensor = attention_latent_tensor_source if variant.latent else attention_tensor_source
+    body = None
+    if variant.tensor:
+        # Nine warps: one of the four parts of a multiprocessor has registers for three of them.
+        threads = MOST_THREADS if variant.latent else 0
+        body = CudaBody(
+            tensor.attention(variant), tensor.header(), architecture=80, threads=threads
+        )
     return Definition(
         name="decode_attention_latent" if variant.latent else "decode_attention",
         input_names=variant.inputs,
@@ -359,9 +366,7 @@ def _definition(variant: Variant) -> Definition:
         ensure_row_contiguous=False,
         updated_inputs=variant.updated,
         partial_outputs=variant.form != "whole",
-        cuda=CudaBody(tensor.attention(variant), tensor.header(), architecture=80)
-        if variant.tensor
-        else None,
+        cuda=body,
     )
 
 

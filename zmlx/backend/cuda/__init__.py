@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zmlx.backend.cuda.handwritten import own_body, own_launch
+from zmlx.backend.cuda.handwritten import own_body, own_launch, own_source
 from zmlx.backend.cuda.kernel import launch_of
 from zmlx.backend.cuda.source import CudaSource, Translation, Variant
 from zmlx.backend.cuda.text import text
@@ -33,5 +33,5 @@ def translated(definition: Definition, variant: Variant | None = None) -> CudaSo
         TranslationError: as for `compiled`.
     """
     if (body := own_body(definition)) is not None:
-        return CudaSource(body.header, body.source, definition.input_names)
+        return own_source(definition, body)
     return Translation(definition).source(variant or Variant())

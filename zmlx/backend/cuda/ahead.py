@@ -208,7 +208,8 @@ def keep(module: Module, lean: Lean) -> Path | None:
         OSError: it cannot be written.
     """
     file = file_in(lean.folder, module.name)
-    if file.is_file():
+    names = file.with_suffix(".txt")
+    if file.is_file() and names.is_file():  # MLX cannot do with one of them
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(file.parent, os.W_OK):
@@ -221,7 +222,7 @@ def keep(module: Module, lean: Lean) -> Path | None:
         options=lean.options,
     )
     # MLX reads the names when it has found the binary.
-    _write(file.with_suffix(".txt"), f"{module.kernel}\t{lowered}\n".encode())
+    _write(names, f"{module.kernel}\t{lowered}\n".encode())
     _write(file, binary)
     return file
 

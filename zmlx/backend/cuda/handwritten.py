@@ -14,11 +14,22 @@ from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
 from zmlx.backend.definition import CudaBody, Definition, Launch, Template
 
+#: MLX writes the kernel's signature, and has no place for bounds in it.
+_BOUNDED = "#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({})\n"
+
 
 def own_body(definition: Definition) -> CudaBody | None:
     """Return a definition's body for CUDA, if it has one that this device takes."""
     body = definition.cuda
     return body if body is not None and body.architecture <= architecture() else None
+
+
+def own_source(definition: Definition, body: CudaBody) -> CudaSource:
+    """Return the text of a kernel with a body of its own."""
+    header = body.header
+    if body.threads:
+        header = _BOUNDED.format(body.threads) + header
+    return CudaSource(header, body.source, definition.input_names)
 
 
 def own_launch(definition: Definition, body: CudaBody) -> Launch:
@@ -35,7 +46,7 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
 
     def make(key: object, told: str, names: Sequence[str]) -> Kernel:
         del key
-        whole = CudaSource(body.header, body.source, definition.input_names)
+        whole = own_source(definition, body)
         source = shortened(whole, definition.name)
         return Kernel(
             definition.name,

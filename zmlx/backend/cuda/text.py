@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zmlx.backend.cuda.handwritten import own_body
+from zmlx.backend.cuda.handwritten import own_body, own_source
 from zmlx.backend.cuda.kernel import variant_of
 from zmlx.backend.cuda.source import Translation
 from zmlx.backend.definition import Definition
@@ -21,7 +21,8 @@ def text(definition: Definition, **launch: Any) -> str:
         zmlx.backend.cuda.tokens.TranslationError: the source holds what CUDA has not.
     """
     if (body := own_body(definition)) is not None:
-        return f"{body.header}\n{body.source}".strip() + "\n"
+        whole = own_source(definition, body)
+        return f"{whole.header}\n{whole.body}".strip() + "\n"
     translation = Translation(definition)
     grid, threadgroup = launch["grid"], launch["threadgroup"]
     variant = variant_of(translation, launch["inputs"], grid, threadgroup, launch.get("template"))

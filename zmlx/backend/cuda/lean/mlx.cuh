@@ -1,5 +1,5 @@
-// What kernels use of MLX's own header: how shapes and strides are passed. A kernel that uses more of
-// it does not compile with this one, and is left to MLX.
+// What kernels use of MLX's own header: how shapes and strides are passed, and where an element lies.
+// A kernel that uses more of it does not compile with this one, and is left to MLX.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,5 +14,15 @@ namespace mlx::core::cu {
 
 using Shape = cuda::std::array<int32_t, MAX_NDIM>;
 using Strides = cuda::std::array<int64_t, MAX_NDIM>;
+
+template <typename Index = int64_t>
+Index elem_to_loc(Index element, const int* shape, const int64_t* strides, int ndim) {
+  Index at = 0;
+  for (int axis = ndim - 1; axis >= 0 && element > 0; --axis) {
+    at += element % shape[axis] * Index(strides[axis]);
+    element /= shape[axis];
+  }
+  return at;
+}
 
 }  // namespace mlx::core::cu

@@ -257,8 +257,15 @@ struct integer_sequence {
   using value_type = T;
   static constexpr size_t size() noexcept { return sizeof...(I); }
 };
+// Not the compiler's own: NVRTC has it from 13.1 on.
+template <class T, size_t N, T... I>
+struct counted : counted<T, N - 1, T(N - 1), I...> {};
+template <class T, T... I>
+struct counted<T, 0, I...> {
+  using type = integer_sequence<T, I...>;
+};
 template <class T, T N>
-using make_integer_sequence = __make_integer_seq<integer_sequence, T, N>;
+using make_integer_sequence = typename counted<T, N>::type;
 template <size_t... I>
 using index_sequence = integer_sequence<size_t, I...>;
 template <size_t N>

@@ -1,0 +1,78 @@
+r"""Run every kernel of the six shapes' decode steps a few times: for NVIDIA's compute-sanitizer.
+
+    compute-sanitizer --kernel-regex kns=custom_kernel --tool memcheck \
+        python tests/cuda/sanitized.py
+    compute-sanitizer --kernel-regex kns=custom_kernel --tool racecheck \
+        python tests/cuda/sanitized.py
+
+The models have two or three layers of the published sizes, few experts and a small vocabulary: the
+kernels are those of the whole models. Names of shapes may be given; without any all six run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from zmlx.bench import shapes
+from zmlx.bench.twin import twin
+from zmlx.patch import patch
+
+PROMPT = 40
+STEPS = 6
+SMALLER = {"vocab_size": 1024, "num_hidden_layers": 2}
+#: What has fewer layers, or as many experts as a token takes and some more.
+CUT = {
+    "num_experts": 12,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "full_attn_idxs": [2],
+}
+
+
+def small(name: str) -> dict[str, object]:
+    """Return the configuration of a shape with few layers."""
+    config = {**shapes.SHAPES[name], **SMALLER}
+    config.update({key: value for key, value in CUT.items() if key in config})
+    if "full_attn_idxs" in config:
+        config["num_hidden_layers"] = 3
+    return config
+
+
+def apart(name: str) -> float:
+    """Return how far a patched model's logits are from stock's, relative, over some steps."""
+    shapes.SHAPES["sanitized"] = small(name)
+    if name in shapes.EXPERTS:
+        shapes.EXPERTS["sanitized"] = shapes.EXPERTS[name]
+    try:
+        stock = shapes.random_model("sanitized")
+    finally:
+        del shapes.SHAPES["sanitized"]
+        shapes.EXPERTS.pop("sanitized", None)
+    models = (stock, patch(twin(stock)))
+    caches = [make_prompt_cache(model) for model in models]
+    prompt = mx.arange(PROMPT)[None]
+    for model, cache in zip(models, caches, strict=True):
+        mx.eval(model(prompt, cache=cache))
+    worst = 0.0
+    for token in range(STEPS):
+        found = [
+            model(mx.array([[token]]), cache=cache).astype(mx.float32)
+            for model, cache in zip(models, caches, strict=True)
+        ]
+        error = mx.square(found[1] - found[0]).mean() / mx.square(found[0]).mean()
+        worst = max(worst, mx.sqrt(error).item())
+    return worst
+
+
+def main() -> None:
+    """Run the shapes, and say how far they are from stock."""
+    for name in sys.argv[1:] or shapes.SHAPES:
+        print(f"{name}: {apart(name):.2%} from stock", flush=True)
+
+
+if __name__ == "__main__":
+    main()
