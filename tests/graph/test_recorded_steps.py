@@ -110,6 +110,7 @@ def test_two_caches_take_turns(recordings, monkeypatch):
 
 def test_larger_buffers_are_another_recording(recordings, monkeypatch):
     monkeypatch.setattr(lending, "ROOM", 8)
+    monkeypatch.setattr(building, "_KEPT", 1)
     model = build("llama")
     cache = prompted(model)
     stock = copy.deepcopy(cache)
@@ -119,6 +120,7 @@ def test_larger_buffers_are_another_recording(recordings, monkeypatch):
         assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
     # One token, then eight, then three.
     assert [recording.runs for recording in recordings] == [7, 2]
+    assert [r._recording for r in program._replay._replayed.values()] == recordings[1:]
 
 
 def test_each_kernel_is_given_what_its_signature_says(recordings, monkeypatch):

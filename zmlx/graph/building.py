@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -12,6 +13,9 @@ from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import built
 from zmlx.graph.replayed import Replayed
 from zmlx_autopatch import speech
+
+#: Recordings that are kept: one is left behind whenever buffers have grown.
+_KEPT = 8
 
 #: Dtype of the tokens, and the shapes of the arrays of a step.
 _Form = tuple[mx.Dtype, tuple[tuple[int, ...], ...]]
@@ -58,25 +62,34 @@ class Recorded:
         self._buffers = buffers
         self._compiled = mx.compile(build)
         self._seen: set[_Form] = set()
-        self._replayed: dict[_Form, Replayed | None] = {}
+        self._lock = threading.Lock()
+        self._refused: set[_Form] = set()
+        self._replayed: dict[_Form, Replayed] = {}
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Return the graph's outputs, lazily."""
+        if for_kernels(has_reference=False) != "cuda":
+            return self._compiled(*arrays)
         form = arrays[0].dtype, tuple([array.shape for array in arrays])
         replayed = self._replayed.get(form)
-        if replayed is not None:
-            return replayed(*arrays)
-        if form not in self._replayed:
-            if form in self._seen and for_kernels(has_reference=False) == "cuda":
-                self._replayed[form] = self._recording(arrays)
-                return self(*arrays)
-            self._seen.add(form)
-        return self._compiled(*arrays)
+        if replayed is None and form in self._seen:
+            with self._lock:
+                replayed = self._replayed.get(form) or self._recording(form, arrays)
+        self._seen.add(form)
+        return self._compiled(*arrays) if replayed is None else replayed(*arrays)
 
-    def _recording(self, arrays: Sequence[mx.array]) -> Replayed | None:
+    def _recording(self, form: _Form, arrays: Sequence[mx.array]) -> Replayed | None:
+        if form in self._refused:
+            return None
+        build = self._build
         try:
-            return Replayed(self._build.graph, arrays, self._buffers, self._build.addresses)
+            replayed = Replayed(build.graph, arrays, self._buffers, build.addresses)
         except Exception as refusal:  # noqa: BLE001 - whatever it is, MLX can build the step
+            self._refused.add(form)
             if speech.level() == "debug":
                 speech.say(f"zmlx: a decode step is not recorded: {refusal}")
             return None
+        while len(self._replayed) >= _KEPT:
+            del self._replayed[next(iter(self._replayed))]
+        self._replayed[form] = replayed
+        return replayed

@@ -159,7 +159,9 @@ uint64_t Recording::address(const Argument& argument) const {
 }
 
 void Recording::move(Node& node, const Moves& moves, size_t count) {
-  node.grid = {4, unsigned(std::max<size_t>(count, 1)), 1};
+  // A row of blocks for each array; each block moves some 16 KB, unless an array is a large one.
+  const uint32_t longest = *std::max_element(moves.bytes, moves.bytes + kMostMoves);
+  node.grid = {std::clamp(longest >> 14, 1u, 64u), unsigned(std::max<size_t>(count, 1)), 1};
   std::vector<uint64_t> value((sizeof(Moves) + 7) / 8);
   std::memcpy(value.data(), &moves, sizeof(Moves));
   node.values.assign(1, std::move(value));
