@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -11,6 +12,7 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "pool.h"
 
 namespace zmlx {
 namespace {
@@ -123,10 +125,15 @@ class Gaps {
 
 class Run {
  public:
-  void end() {
+  // A thread that waits gets what is left of the run, if there is one: to take hundreds of objects
+  // apart would hold up the next run, which the calling thread is about to begin.
+  void end(std::shared_ptr<void> remains = nullptr) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       over_ = true;
+      if (waiting_ > 0 && remains != nullptr) {
+        remains_ = std::move(remains);
+      }
     }
     ended_.notify_all();
   }
@@ -135,9 +142,13 @@ class Run {
     return over_;
   }
 
-  void wait() {
+  // Returns what is left of the run, for the caller to drop.
+  std::shared_ptr<void> wait() {
     std::unique_lock<std::mutex> lock(mutex_);
+    ++waiting_;
     ended_.wait_for(lock, kLongest, [this] { return over_.load(); });
+    --waiting_;
+    return std::move(remains_);
   }
 
  private:
@@ -147,6 +158,8 @@ class Run {
   std::mutex mutex_;
   std::condition_variable ended_;
   std::atomic<bool> over_{false};
+  int waiting_ = 0;
+  std::shared_ptr<void> remains_;
 };
 
 class Runs {
@@ -244,8 +257,14 @@ class Layout {
 
   void run() const {
     const View* const* operand = operands_.data();
-    for (const Action& action : actions_) {
+    auto next = readers_.begin();
+    tell(next);
+    for (size_t i = 0; i < actions_.size(); ++i) {
+      const Action& action = actions_[i];
       const Operands in(operand, size_t(action.operands));
+      if (next != readers_.end() && next->action == int(i)) {
+        tell(++next);
+      }
       action.run(*action.primitive, in, views_[action.output]);
       operand += action.operands;
     }
@@ -278,6 +297,24 @@ class Layout {
     int operands;
     int output;
   };
+
+  // An action that reads weights from the first to the last, and which values they are.
+  struct Reader {
+    int action;
+    std::array<int, kMaxRegions> weights;
+  };
+
+  // Let idle threads fetch the weights that are read next.
+  void tell(std::vector<Reader>::const_iterator next) const {
+    Region regions[kMaxRegions] = {};
+    for (int i = 0; i < kMaxRegions && next != readers_.end(); ++i) {
+      if (next->weights[i] >= 0) {
+        const View& weight = views_[next->weights[i]];
+        regions[i] = {weight.data, weight.bytes()};
+      }
+    }
+    read_ahead(regions);
+  }
 
   void place(int number) {
     const ProgramStep& step = program_.steps_[number];
@@ -315,6 +352,14 @@ class Layout {
     for (int input : step.inputs) {
       operands_.push_back(&views_[input]);
     }
+    const auto operands = weights_of(*step.operation, *step.primitive);
+    if (!operands.empty()) {
+      Reader& reader = readers_.emplace_back(Reader{int(actions_.size()), {}});
+      reader.weights.fill(-1);
+      for (size_t i = 0; i < operands.size(); ++i) {
+        reader.weights[i] = step.inputs[operands[i]];
+      }
+    }
     actions_.push_back({run, step.primitive.get(), int(step.inputs.size()), out});
   }
 
@@ -336,12 +381,13 @@ class Layout {
   void settle_updates() {
     const auto free = [&](const Update& update) { return unwanted(inputs_[update.input]); };
     const auto ready = [&] { return std::all_of(updates_.begin(), updates_.end(), free); };
+    std::vector<std::shared_ptr<void>> remains;
     if (!ready()) {
       bool waited = false;
       for (const Update& update : updates_) {
         const auto writer = runs().writer_of(inputs_[update.input].data_shared_ptr().get());
         if (writer != nullptr) {
-          writer->wait();
+          remains.push_back(writer->wait());
           waited = true;
         }
       }
@@ -384,6 +430,7 @@ class Layout {
   std::vector<std::vector<int>> expiring_;
   std::vector<const View*> operands_;
   std::vector<Action> actions_;
+  std::vector<Reader> readers_;
   std::vector<Update> updates_;
   Gaps gaps_;
   Arena arena_;
@@ -412,9 +459,12 @@ Program::Program(
 }
 
 void Program::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  struct Task {
+  struct Work {
     std::shared_ptr<mx::Primitive> program;
-    std::unique_ptr<Layout> layout;
+    Layout layout;
+  };
+  struct Task {
+    std::shared_ptr<Work> work;
     std::shared_ptr<Run> run = std::make_shared<Run>();
 
     ~Task() {
@@ -422,13 +472,11 @@ void Program::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     }
   };
   auto task = std::make_shared<Task>();
-  task->program = outputs[0].primitive_ptr();
-  task->layout = std::make_unique<Layout>(*this, inputs, outputs);
+  task->work.reset(new Work{outputs[0].primitive_ptr(), Layout(*this, inputs, outputs)});
   runs().add(outputs, task->run);
   mx::cpu::get_command_encoder(stream()).dispatch([task] {
-    task->layout->run();
-    task->layout.reset();
-    task->run->end();
+    task->work->layout.run();
+    task->run->end(std::move(task->work));
   });
 }
 

@@ -48,7 +48,7 @@ struct Step {
   // The largest of x and the sum of exp(x[i] - largest).
   void (*exponentials)(const void* x, Float type, int64_t count, float* largest, float* sum);
 
-  // The first of the largest or smallest elements of x; NaN is neither, unless it comes first.
+  // Where the first NaN of x is, or without one the first of the largest or smallest elements.
   int64_t (*extreme)(const void* x, Float type, int64_t count, bool smallest);
 
   // Rotate pairs of x by angles: (x[i], x[i + half]), or (x[2 i], x[2 i + 1]) if `traditional`.

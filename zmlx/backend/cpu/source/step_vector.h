@@ -347,32 +347,44 @@ void exponentials(const void* x, Float type, int64_t count, float* largest, floa
   });
 }
 
-// As a loop that takes each element that is beyond the best one so far, the first one at the start.
-template <Float type, bool smallest>
-int64_t extreme_of(const void* x, int64_t count) {
-  const float first = load_float(x, type, 0);
-  Wide best = Wide{} + first;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Wide v = load_some<type>(x, i, count - i, first);
-    best = (smallest ? v < best : v > best) ? v : best;
-  }
-  float most = first;
-  for (int i = 0; i < kLanes; ++i) {
-    most = (smallest ? best[i] < most : best[i] > most) ? best[i] : most;
-  }
+// Where the first element of a value is, or the first NaN.
+template <Float type, bool nan>
+int64_t find(const void* x, int64_t count, float value) {
   int64_t at = 0;
-  for (; at + kLanes < count; at += kLanes) {
-    const WideInt equal = load<type>(x, at) == most;
-    if (sum_of(__builtin_convertvector(equal, Wide)) != 0) {
+  for (; at + kLanes <= count; at += kLanes) {
+    const Wide v = load<type>(x, at);
+    const WideInt found = nan ? v != v : v == value;
+    if (sum_of(__builtin_convertvector(found, Wide)) != 0) {
       break;
     }
   }
   for (; at < count; ++at) {
-    if (load_float(x, type, at) == most) {
-      return at;
+    const float v = load_float(x, type, at);
+    if (nan ? v != v : v == value) {
+      break;
     }
   }
-  return 0; // NaN comes first
+  return at;
+}
+
+template <Float type, bool smallest>
+int64_t extreme_of(const void* x, int64_t count) {
+  const float first = load_float(x, type, 0);
+  Wide best = Wide{} + first;
+  WideInt nan = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Wide v = load_some<type>(x, i, count - i, first);
+    best = (smallest ? v < best : v > best) ? v : best;
+    nan |= v != v;
+  }
+  if (sum_of(__builtin_convertvector(nan, Wide)) != 0) {
+    return find<type, true>(x, count, 0);
+  }
+  float value = first;
+  for (int i = 0; i < kLanes; ++i) {
+    value = (smallest ? best[i] < value : best[i] > value) ? best[i] : value;
+  }
+  return find<type, false>(x, count, value);
 }
 
 int64_t extreme(const void* x, Float type, int64_t count, bool smallest) {
