@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-
 from mlx.utils import tree_flatten
 
 from zmlx.kernels.fast import LOGSUMEXP
@@ -55,7 +54,8 @@ class Namespace(ModuleType):
 
         def async_eval(*trees: Any) -> None:
             """As mlx.core.async_eval."""
-            program([leaf for _, leaf in tree_flatten(trees) if isinstance(leaf, mx.array)])
+            named: Any = tree_flatten(trees)
+            program([leaf for _, leaf in named if isinstance(leaf, mx.array)])
             mx.async_eval(*trees)
 
         self.logsumexp = logsumexp
