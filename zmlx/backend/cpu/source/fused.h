@@ -36,11 +36,6 @@ class Fused : public mx::Primitive {
   // Compute into memory that is there, from inputs that have been computed.
   virtual void run(Operands inputs, const View& output) const = 0;
 
-  // Which inputs are matrices of weights that threads share by rows, and read as a whole.
-  virtual std::span<const size_t> weights() const {
-    return {};
-  }
-
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     mx::array& out = outputs[0];
     out.set_data(mx::allocator::malloc(out.nbytes()));

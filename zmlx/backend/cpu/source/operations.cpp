@@ -177,13 +177,6 @@ bool updates_first(const Operation& operation) {
   return operation.run == run_copied_update;
 }
 
-std::span<const size_t> weights_of(const Operation& operation, const mx::Primitive& primitive) {
-  if (&operation != &kFused) {
-    return {};
-  }
-  return static_cast<const Fused&>(primitive).weights();
-}
-
 void run_update(mx::Primitive& primitive, Operands in, const View& out) {
   const auto [kind, start, end, strides] = as<mx::SliceUpdate>(primitive).state();
   View part = *in[1];

@@ -28,10 +28,6 @@ const Operation* operation_of(const mx::array& array);
 // Whether an operation replaces a part of its first input and leaves the rest.
 bool updates_first(const Operation& operation);
 
-// The operands that an operation reads from the first to the last, each row by one thread: at most
-// kMaxRegions of them.
-std::span<const size_t> weights_of(const Operation& operation, const mx::Primitive& primitive);
-
 // Write the update into memory that already holds the first input.
 void run_update(mx::Primitive& primitive, Operands inputs, const View& output);
 

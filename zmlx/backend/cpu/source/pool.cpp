@@ -44,71 +44,12 @@ void rest(int turn) {
   }
 }
 
-// What threads that wait fetch; one thread says it, all read it. A thread that reads while it changes
-// may fetch a line that nobody wants, and no more than that.
-class Ahead {
- public:
-  void set(const Region (&regions)[kMaxRegions]) {
-    for (int i = 0; i < kMaxRegions; ++i) {
-      data_[i].store(reinterpret_cast<uintptr_t>(regions[i].data), std::memory_order_relaxed);
-      bytes_[i].store(regions[i].bytes, std::memory_order_relaxed);
-    }
-    number_.fetch_add(1, std::memory_order_release);
-  }
-
-  // A thread's place in it.
-  class Reader {
-   public:
-    explicit Reader(int worker) : worker_(worker) {}
-
-    // Fetch a few lines. False if there is nothing to fetch any more.
-    bool fetch(const Ahead& ahead, int threads) {
-      const uint32_t number = ahead.number_.load(std::memory_order_acquire);
-      if (number != number_) {
-        number_ = number;
-        done_ = 0;
-      }
-      if (worker_ >= threads || done_ >= kFetched) {
-        return false;
-      }
-      for (int i = 0; i < kMaxRegions; ++i) {
-        const size_t bytes = ahead.bytes_[i].load(std::memory_order_relaxed);
-        const size_t first = bytes / threads * worker_ + done_;
-        const size_t last = std::min({bytes, bytes / threads * (worker_ + 1), first + kTurn});
-        const uintptr_t data = ahead.data_[i].load(std::memory_order_relaxed);
-        for (size_t at = first; at < last; at += kLine) {
-          __builtin_prefetch(reinterpret_cast<const void*>(data + at), 0, 2); // not into the first
-        }
-      }
-      done_ += kTurn;
-      return true;
-    }
-
-   private:
-    static constexpr size_t kLine = 64, kTurn = 8 * kLine;
-    static constexpr size_t kFetched = size_t(128) << 10; // of each region: caches hold more
-
-    const int worker_;
-    uint32_t number_ = 0;
-    size_t done_ = 0;
-  };
-
- private:
-  std::atomic<uintptr_t> data_[kMaxRegions] = {};
-  std::atomic<size_t> bytes_[kMaxRegions] = {};
-  std::atomic<uint32_t> number_{0};
-};
-
 // Threads are added as more are asked for, and never end: those too many only sleep.
 //
 // Each thread has a share of consecutive tasks, for these read memory one after the other. Who is
 // done with his own takes from the others' shares.
 class Pool {
  public:
-  void read_ahead(const Region (&regions)[kMaxRegions]) {
-    ahead_.set(regions);
-  }
-
   void run(int64_t tasks, int threads, const Work& work) {
     add_threads(threads);
     work_ = &work;
@@ -179,9 +120,7 @@ class Pool {
     const auto until = std::chrono::steady_clock::now() + kPatience;
     int done;
     for (int turn = 1; (done = done_.load(std::memory_order_acquire)) < tasks_; ++turn) {
-      if (!own_.fetch(ahead_, active_.load(std::memory_order_relaxed))) {
-        rest(turn);
-      }
+      rest(turn);
       if (turn % 64 == 0 && std::chrono::steady_clock::now() > until) {
         done_.wait(done, std::memory_order_acquire);
       }
@@ -189,9 +128,8 @@ class Pool {
   }
 
   void serve(int worker, uint32_t seen) {
-    Ahead::Reader reader(worker);
     while (true) {
-      seen = await(seen, reader);
+      seen = await(seen);
       const int threads = active_.load(std::memory_order_relaxed);
       if (worker < threads) {
         take_all(worker, threads);
@@ -200,13 +138,11 @@ class Pool {
   }
 
   // Wait until the round is no longer `seen`; return the new one.
-  uint32_t await(uint32_t seen, Ahead::Reader& reader) {
+  uint32_t await(uint32_t seen) {
     const auto until = std::chrono::steady_clock::now() + kSpin;
     uint32_t now;
     for (int turn = 1; (now = round_.load(std::memory_order_acquire)) == seen; ++turn) {
-      if (!reader.fetch(ahead_, active_.load(std::memory_order_relaxed))) {
-        rest(turn);
-      }
+      rest(turn);
       if (turn % 64 == 0 && std::chrono::steady_clock::now() > until) {
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
         round_.wait(seen, std::memory_order_seq_cst);
@@ -217,8 +153,6 @@ class Pool {
   }
 
   int threads_ = 1; // the calling one
-  Ahead ahead_;
-  Ahead::Reader own_{0}; // of the calling thread
   const Work* work_ = nullptr;
   std::mutex failing_;
   std::exception_ptr failure_;
@@ -258,10 +192,6 @@ void set_num_threads(int count) {
 
 int num_threads() {
   return wanted.load();
-}
-
-void read_ahead(const Region (&regions)[kMaxRegions]) {
-  shared->pool.read_ahead(regions);
 }
 
 void parallel(int64_t tasks, const Work& work) {

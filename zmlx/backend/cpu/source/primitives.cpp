@@ -99,11 +99,6 @@ class QuantizedMatmul : public Fused {
     product(weight.weight(), bias.bias(), rows_of(x), rows_of(out));
   }
 
-  std::span<const size_t> weights() const override {
-    static constexpr size_t operands[] = {1};
-    return operands;
-  }
-
  private:
   Format format_;
 };
@@ -155,11 +150,6 @@ class QuantizedGlu : public Fused {
         activation_,
         rows_of(x),
         rows_of(out));
-  }
-
-  std::span<const size_t> weights() const override {
-    static constexpr size_t operands[] = {1, 4};
-    return operands;
   }
 
  private:

@@ -1,7 +1,6 @@
 #include "program.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -12,7 +11,6 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "pool.h"
 
 namespace zmlx {
 namespace {
@@ -257,14 +255,8 @@ class Layout {
 
   void run() const {
     const View* const* operand = operands_.data();
-    auto next = readers_.begin();
-    tell(next);
-    for (size_t i = 0; i < actions_.size(); ++i) {
-      const Action& action = actions_[i];
+    for (const Action& action : actions_) {
       const Operands in(operand, size_t(action.operands));
-      if (next != readers_.end() && next->action == int(i)) {
-        tell(++next);
-      }
       action.run(*action.primitive, in, views_[action.output]);
       operand += action.operands;
     }
@@ -297,24 +289,6 @@ class Layout {
     int operands;
     int output;
   };
-
-  // An action that reads weights from the first to the last, and which values they are.
-  struct Reader {
-    int action;
-    std::array<int, kMaxRegions> weights;
-  };
-
-  // Let idle threads fetch the weights that are read next.
-  void tell(std::vector<Reader>::const_iterator next) const {
-    Region regions[kMaxRegions] = {};
-    for (int i = 0; i < kMaxRegions && next != readers_.end(); ++i) {
-      if (next->weights[i] >= 0) {
-        const View& weight = views_[next->weights[i]];
-        regions[i] = {weight.data, weight.bytes()};
-      }
-    }
-    read_ahead(regions);
-  }
 
   void place(int number) {
     const ProgramStep& step = program_.steps_[number];
@@ -351,14 +325,6 @@ class Layout {
   void act(Function run, const ProgramStep& step, int out) {
     for (int input : step.inputs) {
       operands_.push_back(&views_[input]);
-    }
-    const auto operands = weights_of(*step.operation, *step.primitive);
-    if (!operands.empty()) {
-      Reader& reader = readers_.emplace_back(Reader{int(actions_.size()), {}});
-      reader.weights.fill(-1);
-      for (size_t i = 0; i < operands.size(); ++i) {
-        reader.weights[i] = step.inputs[operands[i]];
-      }
     }
     actions_.push_back({run, step.primitive.get(), int(step.inputs.size()), out});
   }
@@ -430,7 +396,6 @@ class Layout {
   std::vector<std::vector<int>> expiring_;
   std::vector<const View*> operands_;
   std::vector<Action> actions_;
-  std::vector<Reader> readers_;
   std::vector<Update> updates_;
   Gaps gaps_;
   Arena arena_;
