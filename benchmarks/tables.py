@@ -191,7 +191,7 @@ def patches(capsule: Capsule) -> Iterator[str]:
             digits(seconds),
             digits(modules),
             f"{max(growth):+.1f} %" if growth else "",
-            "" if apart is None else f"{apart:.1g} %",
+            "" if apart is None else f"{digits(apart)} %",
         )
 
 

@@ -24,7 +24,7 @@ from mlx_lm.models.cache import (
 from stepped import PROMPT, deviation, filled, lent, programs, step, stepped, steps_of, two
 
 from zmlx.graph.caches import leaves
-from zmlx.graph.lending import ROOM
+from zmlx.graph.lending import ROOM, rows_for
 
 LONG = mx.array([[(17 * i * i + 5 * i + 3) % 151 for i in range(20)]])
 TOKENS = [71, 8, 133, 40, 5, 99, 12, 64, 3, 77]
@@ -181,11 +181,17 @@ def test_windows_that_are_too_short_to_be_told_apart(size, runs):
 
 def test_buffers_grow(llamas, monkeypatch):
     monkeypatch.setattr("zmlx.graph.lending.ROOM", 4)
+    monkeypatch.setattr("zmlx.graph.lending._LEAST", 1)
     model, apart = llamas
     ours, theirs = filled(model), filled(apart)
     assert same(stepped(model, ours, TOKENS), stepped(apart, theirs, TOKENS))
     assert ours[0].keys.shape[2] == 20
     assert len(programs(model)) == 1
+
+
+def test_new_buffers_have_room_for_some_tokens():
+    assert [rows_for(length, None) for length in (0, 448, 449, 511)] == [512, 512, 1024, 1024]
+    assert [rows_for(length, 500) for length in (0, 499)] == [500, 500]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])

@@ -180,6 +180,7 @@ def test_strict_does_not_raise_for_what_is_not_taken(monkeypatch, capsys):
 def test_a_program_that_raises_later(monkeypatch, capsys):
     """For other sizes of buffers a program is built again."""
     monkeypatch.setattr("zmlx.graph.lending.ROOM", 12)
+    monkeypatch.setattr("zmlx.graph.lending._LEAST", 1)
     model, apart = two("llama")
     cache, theirs = filled(model), filled(apart)
     assert same(stepped(model, cache, TOKENS[:3]), stepped(apart, theirs, TOKENS[:3]))

@@ -118,6 +118,55 @@ def test_sums_are_no_further_from_the_truth_than_stock(library, name, dtype):
     assert ours <= max(stock * 1.01, limit * mx.abs(truth).max().item())
 
 
+#: rows in which the largest and the smallest are not where a plain comparison looks for them
+NAN, INF = float("nan"), float("inf")
+AWKWARD = [
+    [1.0],
+    [0.0, -0.0, 0.0],
+    [2.0, 5.0, -3.0, 5.0, -3.0],
+    [NAN, 9.0, -9.0],
+    [1.0, NAN, -1.0, 3.0],
+    [-INF, -INF, NAN],
+    [INF, 1.0, -INF, INF],
+]
+
+
+def extremes(x: mx.array, keepdims: bool = False) -> list[mx.array]:
+    found = [f(x + x, axis=-1, keepdims=keepdims) for f in (mx.argmax, mx.argmin)]
+    return [*found, x * 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", AWKWARD, ids=str)
+@pytest.mark.parametrize("before", [0, 16, 37])
+def test_the_first_of_the_largest(library, operations, row, dtype, before):
+    """Or the first NaN, as in stock; alone and behind other numbers."""
+    x = mx.array([[0.5] * before + row, [0.25] * (before + len(row))]).astype(dtype)
+    mx.eval(x)
+    fused, stock = library.fuse(extremes(x)), extremes(x)
+    assert not operations(*fused)["ArgReduce"]
+    for ours, theirs in zip(fused[:2], stock[:2], strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [15, 16, 17, 4096, 40001])
+def test_the_largest_of_long_rows(library, width, dtype):
+    x = noise(3, 2, width, dtype=dtype)
+    for ours, theirs in zip(library.fuse(extremes(x, True)), extremes(x, True), strict=True):
+        assert mx.array_equal(ours, theirs)
+
+
+def test_extremes_along_other_axes_or_of_integers_are_left(library, operations):
+    x = noise(6, 8)
+    y = (x * 10).astype(mx.int32)
+    mx.eval(y)
+    fused = library.fuse([mx.argmax(x + x, axis=0), mx.argmin(y, axis=-1), (x + 1) * x])
+    assert operations(*fused)["ArgReduce"] == 2
+    assert mx.array_equal(fused[0], mx.argmax(x + x, axis=0))
+
+
 def test_known_operations_become_one(library, operations):
     x = noise(4, 8)
     before = mx.softmax((x + 1) * x - 2, axis=-1) / 3

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
+from collections import Counter
 
 import mlx.core as mx
 import mlx_lm.generate  # noqa: F401 - a function of that name hides the module
 import pytest
+from mlx.utils import tree_flatten
 
 from zmlx.patch import patch, unpatch
 from zmlx.runtime import sampling
@@ -38,6 +41,42 @@ def test_the_same_tokens_and_log_probabilities(make_llama):
     assert [token for token, _ in ours] == [token for token, _ in stock]
     for (_, one), (_, other) in zip(ours, stock, strict=True):
         assert mx.allclose(one, other, atol=1e-4)
+    unpatch(model)
+
+
+def test_what_follows_the_layers_is_one_operation(make_llama, tmp_path, monkeypatch):
+    """The head, the log-probabilities and the choice of a token, given to async_eval."""
+    model = patch(make_llama())
+    graphs = []
+
+    def note(*arrays):
+        file = tmp_path / "graph.dot"
+        mx.export_to_dot(str(file), *arrays)
+        graphs.append(Counter(re.findall(r'label ?="(\w+)"', file.read_text())))
+
+    stock = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (note(*arrays), stock(*arrays)))
+    assert len(tokens_of(model)) == 6
+    assert graphs
+    for names in graphs:
+        assert not {"ZmlxQuantizedMatmul", "ZmlxLogSumExp", "Subtract", "ArgReduce"} & set(names)
+    assert any(names["ZmlxProgram"] == 2 for names in graphs)
+    unpatch(model)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_trees_are_evaluated(make_llama, dtype):
+    model = patch(make_llama())
+    x = mx.random.normal((2, 9)).astype(dtype)
+
+    def tree():
+        return [x - 1, {"largest": mx.argmax(x * 2, axis=-1)}], (x + x) * x
+
+    ours = tree()
+    assert GENERATE.mx.async_eval(*ours) is None
+    GENERATE.mx.async_eval()
+    for (_, one), (_, other) in zip(tree_flatten(ours), tree_flatten(tree()), strict=True):
+        assert mx.array_equal(one, other)
     unpatch(model)
 
 

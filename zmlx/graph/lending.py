@@ -23,6 +23,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 #: Tokens by which buffers grow: a program is recorded again for each size.
 ROOM = 512
+#: Tokens that a new buffer has room for, at least.
+_LEAST = 64
 
 #: What caches of a model have in common that are written at the same place: their class, and for
 #: rotating ones how many tokens they hold and how many of the first they keep.
@@ -216,6 +218,8 @@ def lend(caches: Sequence[Any]) -> Chain:
         del cache.keys, cache.values
         cache.__class__ = _LENT[type(cache)]
         cache.__dict__["_zmlx_loan"] = _Loan(keys, values, chain)
+        # One after the other, so that never more than one cache is there twice.
+        mx.eval(keys, values)
     chain.caches = tuple(map(weakref.ref, caches))
     chain.arrays = tuple(array for cache in caches for array in buffers(cache))
     for cache in {kind_of(cache): cache for cache in caches}.values():
@@ -244,8 +248,8 @@ def _with_room(cache: Any, array: mx.array) -> mx.array:
 
 
 def rows_for(length: int, most: int | None) -> int:
-    """Return how many rows a buffer has that holds some tokens and has room for another one."""
-    rows = -(-(length + 1) // ROOM) * ROOM
+    """Return how many rows a buffer has that holds some tokens and has room for others."""
+    rows = -(-(length + _LEAST) // ROOM) * ROOM
     return rows if most is None else min(rows, most)
 
 

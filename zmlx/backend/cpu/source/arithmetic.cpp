@@ -122,6 +122,23 @@ void run_sum(mx::Primitive&, Operands in, const View& out) {
   }
 }
 
+bool takes_extreme(const mx::array& out) {
+  const mx::array& x = out.inputs()[0];
+  return is_last(as<mx::ArgReduce>(out).state().second, x) && float_of(x.dtype()) && x.ndim() > 0 &&
+      out.dtype() == mx::uint32;
+}
+
+void run_extreme(mx::Primitive& primitive, Operands in, const View& out) {
+  const auto kind = static_cast<mx::ArgReduce&>(primitive).state().first;
+  const Ordered x(*in[0]);
+  const int64_t width = in[0]->extent(-1);
+  uint32_t* to = reinterpret_cast<uint32_t*>(out.data);
+  for (int64_t row = 0; row < out.size; ++row) {
+    const char* from = static_cast<const char*>(x.data()) + row * width * int64_t(in[0]->item());
+    to[row] = uint32_t(step().extreme(from, x.type(), width, kind == mx::ArgReduce::ArgMin));
+  }
+}
+
 bool takes_partition(const mx::array& out) {
   const mx::array& x = out.inputs()[0];
   return is_last(as<mx::ArgPartition>(out).state().second, x) && float_of(x.dtype()) &&
@@ -221,6 +238,7 @@ constexpr Operation kArithmetic[] = {
     {"Sigmoid", of_floats, nullptr, run_unary<sigmoid>},
     {"Softmax", takes_rows, nullptr, run_softmax},
     {"Reduce", takes_sum, nullptr, run_sum},
+    {"ArgReduce", takes_extreme, nullptr, run_extreme},
     {"ArgPartition", takes_partition, nullptr, run_partition},
     {"GatherAxis", takes_gather, nullptr, run_gather},
     {"Convolution", takes_depthwise, nullptr, run_depthwise},

@@ -128,6 +128,7 @@ struct Sweep {
   const int64_t groups, bytes;
   const int64_t turns; // blocks that 16 groups fill
   const int64_t whole; // blocks that are not cut off
+  const int64_t scales_ahead; // bytes between a load of scales and its prefetch
   const __m512i first_group; // of each lane, which holds block / 16 neighbouring values
   const __m512i next_group; // what a block adds to it
   const bool halves; // two blocks make a group
@@ -139,6 +140,7 @@ struct Sweep {
         bytes(w.row_bytes()),
         turns(16 * w.group / block),
         whole(w.inputs / block),
+        scales_ahead(rounded_up(kAhead * 8 / (bits * w.group) * int64_t(w.scale_size()), kLine)),
         first_group(_mm512_srl_epi32(
             _mm512_mullo_epi32(
                 _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
@@ -217,6 +219,7 @@ struct Sweep {
       const int64_t first = (n + r) * groups + g;
       __m512 scale, bias;
       load_terms<code>(weight, first, live, scale, bias);
+      prefetch_scales(first);
       for (int m = 0; m < Count; ++m) {
         const char* steps = x + m * layout.bytes + layout.steps;
         const __m512 step = _mm512_maskz_loadu_ps(live, steps + g * int64_t(sizeof(float)));
@@ -224,6 +227,14 @@ struct Sweep {
         const __m512 sum = _mm512_maskz_loadu_ps(live, sums + m * groups + g);
         total[r][m] = _mm512_fmadd_ps(bias, sum, total[r][m]);
       }
+    }
+  }
+
+  void prefetch_scales(int64_t at) const {
+    const int64_t ahead = at * int64_t(weight.scale_size()) + scales_ahead;
+    _mm_prefetch(static_cast<const char*>(weight.scales) + ahead, _MM_HINT_T1);
+    if constexpr (affine(code)) {
+      _mm_prefetch(static_cast<const char*>(weight.biases) + ahead, _MM_HINT_T1);
     }
   }
 

@@ -123,10 +123,15 @@ class Gaps {
 
 class Run {
  public:
-  void end() {
+  // A thread that waits gets what is left of the run, if there is one: to take hundreds of objects
+  // apart would hold up the next run, which the calling thread is about to begin.
+  void end(std::shared_ptr<void> remains = nullptr) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       over_ = true;
+      if (waiting_ > 0 && remains != nullptr) {
+        remains_ = std::move(remains);
+      }
     }
     ended_.notify_all();
   }
@@ -135,9 +140,13 @@ class Run {
     return over_;
   }
 
-  void wait() {
+  // Returns what is left of the run, for the caller to drop.
+  std::shared_ptr<void> wait() {
     std::unique_lock<std::mutex> lock(mutex_);
+    ++waiting_;
     ended_.wait_for(lock, kLongest, [this] { return over_.load(); });
+    --waiting_;
+    return std::move(remains_);
   }
 
  private:
@@ -147,6 +156,8 @@ class Run {
   std::mutex mutex_;
   std::condition_variable ended_;
   std::atomic<bool> over_{false};
+  int waiting_ = 0;
+  std::shared_ptr<void> remains_;
 };
 
 class Runs {
@@ -336,12 +347,13 @@ class Layout {
   void settle_updates() {
     const auto free = [&](const Update& update) { return unwanted(inputs_[update.input]); };
     const auto ready = [&] { return std::all_of(updates_.begin(), updates_.end(), free); };
+    std::vector<std::shared_ptr<void>> remains;
     if (!ready()) {
       bool waited = false;
       for (const Update& update : updates_) {
         const auto writer = runs().writer_of(inputs_[update.input].data_shared_ptr().get());
         if (writer != nullptr) {
-          writer->wait();
+          remains.push_back(writer->wait());
           waited = true;
         }
       }
@@ -412,9 +424,12 @@ Program::Program(
 }
 
 void Program::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  struct Task {
+  struct Work {
     std::shared_ptr<mx::Primitive> program;
-    std::unique_ptr<Layout> layout;
+    Layout layout;
+  };
+  struct Task {
+    std::shared_ptr<Work> work;
     std::shared_ptr<Run> run = std::make_shared<Run>();
 
     ~Task() {
@@ -422,13 +437,11 @@ void Program::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     }
   };
   auto task = std::make_shared<Task>();
-  task->program = outputs[0].primitive_ptr();
-  task->layout = std::make_unique<Layout>(*this, inputs, outputs);
+  task->work.reset(new Work{outputs[0].primitive_ptr(), Layout(*this, inputs, outputs)});
   runs().add(outputs, task->run);
   mx::cpu::get_command_encoder(stream()).dispatch([task] {
-    task->layout->run();
-    task->layout.reset();
-    task->run->end();
+    task->work->layout.run();
+    task->run->end(std::move(task->work));
   });
 }
 

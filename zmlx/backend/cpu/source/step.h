@@ -48,6 +48,9 @@ struct Step {
   // The largest of x and the sum of exp(x[i] - largest).
   void (*exponentials)(const void* x, Float type, int64_t count, float* largest, float* sum);
 
+  // Where the first NaN of x is, or without one the first of the largest or smallest elements.
+  int64_t (*extreme)(const void* x, Float type, int64_t count, bool smallest);
+
   // Rotate pairs of x by angles: (x[i], x[i + half]), or (x[2 i], x[2 i + 1]) if `traditional`.
   // What follows the 2 * half rotated elements is copied.
   void (*rotate)(

@@ -4,7 +4,7 @@
 namespace zmlx {
 
 const Step* step_avx2() {
-  static const Step step = {"avx2", rms_norm, exponentials, rotate,
+  static const Step step = {"avx2", rms_norm, exponentials, extreme, rotate,
                             attend, binary, convert, gate};
   return &step;
 }

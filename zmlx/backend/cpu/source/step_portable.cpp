@@ -4,7 +4,7 @@
 namespace zmlx {
 
 const Step* step_portable() {
-  static const Step step = {"portable", rms_norm, exponentials, rotate,
+  static const Step step = {"portable", rms_norm, exponentials, extreme, rotate,
                             attend, binary, convert, gate};
   return &step;
 }

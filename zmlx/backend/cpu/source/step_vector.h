@@ -37,8 +37,12 @@ inline Wide load(const void* data, int64_t index) {
   }
   const uint16_t* from = static_cast<const uint16_t*>(data) + index;
   if constexpr (type == Float::bf16) {
-    const WideWord words = __builtin_convertvector(read_as<WideHalf>(from), WideWord) << 16;
-    return (Wide)words;
+#if defined(__AVX512F__) // one instruction, of which compilers make three
+    const WideWord words = (WideWord)_mm512_cvtepu16_epi32(read_as<__m256i>(from));
+#else
+    const WideWord words = __builtin_convertvector(read_as<WideHalf>(from), WideWord);
+#endif
+    return (Wide)(words << 16);
   }
   Wide value;
 #if defined(__AVX512F__)
@@ -239,11 +243,39 @@ void rotate(
 
 // ---------------------------------------------------------------------------------------------
 
+// As load_some, where it is known whether all lanes are there.
+template <Float type, bool whole>
+inline Wide load_lanes(const void* data, int64_t index, int64_t count) {
+  if constexpr (whole) {
+    return load<type>(data, index);
+  }
+  return load_some<type>(data, index, count);
+}
+
+constexpr int kKeys = 4; // scored at a time, for their sums cost as much as one
+
+// sums[r][j] += the products of the lanes from i on of queries[r] and keys[j]
+template <Float type, int Rows, bool whole>
+inline void add_scores(
+    const AttentionRows& a, const char* const (&keys)[kKeys], int64_t i,
+    Wide (&sums)[Rows][kKeys]) {
+  const int64_t count = a.key_width - i;
+  Wide k[kKeys];
+  for (int j = 0; j < kKeys; ++j) {
+    k[j] = load_lanes<type, whole>(keys[j], i, count);
+  }
+  for (int r = 0; r < Rows; ++r) {
+    const Wide q = load_lanes<type, whole>(a.queries[r], i, count);
+    for (int j = 0; j < kKeys; ++j) {
+      sums[r][j] += k[j] * q;
+    }
+  }
+}
+
 // scores[r * keys + s] = scale * queries[r] . key[s]
 template <Float type, int Rows>
 void score(const AttentionRows& a, float* scores) {
-  const int64_t width = a.key_width;
-  constexpr int kKeys = 4; // at a time, for their sums cost as much as one
+  const int64_t whole = a.key_width / kLanes * kLanes;
   for (int64_t s = 0; s < a.keys; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, a.keys - s);
     const char* keys[kKeys];
@@ -252,17 +284,11 @@ void score(const AttentionRows& a, float* scores) {
       keys[j] = static_cast<const char*>(a.key) + at * a.key_stride * size_of(type);
     }
     Wide sums[Rows][kKeys] = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-      Wide k[kKeys];
-      for (int j = 0; j < kKeys; ++j) {
-        k[j] = load_some<type>(keys[j], i, width - i);
-      }
-      for (int r = 0; r < Rows; ++r) {
-        const Wide q = load_some<type>(a.queries[r], i, width - i);
-        for (int j = 0; j < kKeys; ++j) {
-          sums[r][j] += k[j] * q;
-        }
-      }
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      add_scores<type, Rows, true>(a, keys, i, sums);
+    }
+    if (whole < a.key_width) {
+      add_scores<type, Rows, false>(a, keys, whole, sums);
     }
     for (int r = 0; r < Rows; ++r) {
       const Quarter scaled = sums_of(sums[r]) * a.scale;
@@ -325,6 +351,52 @@ void exponentials(const void* x, Float type, int64_t count, float* largest, floa
   });
 }
 
+// Where the first element of a value is, or the first NaN.
+template <Float type, bool nan>
+int64_t find(const void* x, int64_t count, float value) {
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Wide v = load<type>(x, at);
+    const WideInt found = nan ? v != v : v == value;
+    if (sum_of(__builtin_convertvector(found, Wide)) != 0) {
+      break;
+    }
+  }
+  for (; at < count; ++at) {
+    const float v = load_float(x, type, at);
+    if (nan ? v != v : v == value) {
+      break;
+    }
+  }
+  return at;
+}
+
+template <Float type, bool smallest>
+int64_t extreme_of(const void* x, int64_t count) {
+  const float first = load_float(x, type, 0);
+  Wide best = Wide{} + first;
+  WideInt nan = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Wide v = load_some<type>(x, i, count - i, first);
+    best = (smallest ? v < best : v > best) ? v : best;
+    nan |= v != v;
+  }
+  if (sum_of(__builtin_convertvector(nan, Wide)) != 0) {
+    return find<type, true>(x, count, 0);
+  }
+  float value = first;
+  for (int i = 0; i < kLanes; ++i) {
+    value = (smallest ? best[i] < value : best[i] > value) ? best[i] : value;
+  }
+  return find<type, false>(x, count, value);
+}
+
+int64_t extreme(const void* x, Float type, int64_t count, bool smallest) {
+  return with_type(type, [&](auto t) {
+    return smallest ? extreme_of<t.value, true>(x, count) : extreme_of<t.value, false>(x, count);
+  });
+}
+
 void softmax(float* scores, int64_t count) {
   constexpr float lowest = kLowest;
   const float top = largest_of<Float::f32>(scores, count);
@@ -341,30 +413,41 @@ void softmax(float* scores, int64_t count) {
   }
 }
 
-// out[r] = sum_s weights[r * keys + s] * value[s], for 64 columns at a time
+// out[r] = sum_s weights[r * keys + s] * value[s], for some vectors of columns. Their number is a
+// template argument so that the sums stay in registers.
+template <Float type, int Rows, int Columns, bool whole>
+void combine_columns(const AttentionRows& a, const float* weights, int64_t from) {
+  const int64_t count = a.value_width - from; // from the first column on
+  Wide sums[Rows][Columns] = {};
+  for (int64_t s = 0; s < a.keys; ++s) {
+    const char* value = static_cast<const char*>(a.value) + s * a.value_stride * size_of(type);
+    for (int c = 0; c < Columns; ++c) {
+      const int64_t at = c * kLanes;
+      const Wide v = load_lanes<type, whole>(value, from + at, count - at);
+      for (int r = 0; r < Rows; ++r) {
+        sums[r][c] += v * weights[r * a.keys + s];
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < Columns; ++c) {
+      store_some<type>(a.out[r], from + c * kLanes, sums[r][c], count - c * kLanes);
+    }
+  }
+}
+
 template <Float type, int Rows>
 void combine(const AttentionRows& a, const float* weights) {
-  constexpr int64_t kColumns = 4;
-  for (int64_t from = 0; from < a.value_width; from += kColumns * kLanes) {
-    Wide sums[Rows][kColumns] = {};
-    const int64_t columns =
-        std::min(kColumns, (a.value_width - from + kLanes - 1) / kLanes);
-    for (int64_t s = 0; s < a.keys; ++s) {
-      const char* value = static_cast<const char*>(a.value) + s * a.value_stride * size_of(type);
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t at = from + c * kLanes;
-        const Wide v = load_some<type>(value, at, a.value_width - at);
-        for (int r = 0; r < Rows; ++r) {
-          sums[r][c] += v * weights[r * a.keys + s];
-        }
-      }
-    }
-    for (int r = 0; r < Rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t at = from + c * kLanes;
-        store_some<type>(a.out[r], at, sums[r][c], a.value_width - at);
-      }
-    }
+  constexpr int kColumns = 4;
+  int64_t from = 0;
+  for (; from + kColumns * kLanes <= a.value_width; from += kColumns * kLanes) {
+    combine_columns<type, Rows, kColumns, true>(a, weights, from);
+  }
+  for (; from + kLanes <= a.value_width; from += kLanes) {
+    combine_columns<type, Rows, 1, true>(a, weights, from);
+  }
+  if (from < a.value_width) {
+    combine_columns<type, Rows, 1, false>(a, weights, from);
   }
 }
 
