@@ -110,6 +110,7 @@ def test_two_caches_take_turns(recordings, monkeypatch):
 
 def test_larger_buffers_are_another_recording(recordings, monkeypatch):
     monkeypatch.setattr(lending, "ROOM", 8)
+    monkeypatch.setattr(lending, "_LEAST", 1)
     monkeypatch.setattr(building, "_KEPT", 1)
     model = build("llama")
     cache = prompted(model)
