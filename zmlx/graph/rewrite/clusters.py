@@ -54,12 +54,12 @@ def fuse_small(graph: Graph) -> Graph:
 
 def _programs(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     """Return the kernels that make a segment: one if it fits, else one for what hangs together."""
-    parts = [part for part in _connected(nodes) if sum(map(_launches, part)) > 1]
     if sum(map(_launches, nodes)) < 2:
         return []
     whole = _program(graph, nodes)
     if whole is not None:
         return [whole]
+    parts = [part for part in _connected(nodes) if sum(map(_launches, part)) > 1]
     made = (_program(graph, part) for part in parts if len(part) < len(nodes))
     return [node for node in made if node is not None]
 
