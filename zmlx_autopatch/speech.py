@@ -6,6 +6,10 @@ import sys
 
 from zmlx_autopatch import variables
 
+TYPE_CHECKING = False  # `typing` takes a millisecond of every start
+if TYPE_CHECKING:
+    from typing import TextIO
+
 LEVELS = ("off", "line", "debug")
 
 
@@ -27,7 +31,20 @@ def say(text: str, end: str = "\n") -> None:
     if stream is None or level() == "off":
         return
     try:
-        stream.write(text + end)
-        stream.flush()
+        _write(stream, text + end)
     except (OSError, ValueError):  # the reader went away, or the stream was closed
         return
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write and leave nothing in a buffer: what cannot be flushed at exit changes the exit code."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    stream.flush()
+    if raw is None:
+        stream.write(text)
+        stream.flush()
+        return
+    left = memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    while left:
+        # None from a descriptor that does not block and is full: then the rest is not said.
+        left = left[raw.write(left) or len(left) :]

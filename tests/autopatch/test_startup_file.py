@@ -183,7 +183,8 @@ def test_nobody_reads_stderr(python):  # 53
         code = "import mlx_lm; print(mlx_lm.load('m')[0])"
         run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=write)
         print(run.returncode, run.stdout.decode(), end="")
-        """
+        """,
+        PYTHONUNBUFFERED=None,  # which would leave nothing in buffers
     )
     assert result.out == "0 ['m', 'marked']\n"
 

@@ -489,6 +489,11 @@ def test_outputs_inside_of_small_operations_are_made():
     assert fused(fuse_small, function, X) == {"FusedSmall": 1}
 
 
+def test_operations_that_share_nothing_are_one_kernel():
+    found = fused(fuse_small, lambda x, y: [mx.exp(x), mx.tanh(y)], X, normal(1, 7, seed=3))
+    assert found == {"FusedSmall": 1}
+
+
 def test_one_operation_stays_what_it_is():
     assert fused(fuse_small, lambda x: mx.exp(x), X) == {"Exp": 1}
 

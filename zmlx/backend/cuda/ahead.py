@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Hashable, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import mlx.core as mx
 
 from zmlx.backend.capability import architecture
 from zmlx.backend.cuda import nvrtc
+from zmlx.backend.cuda.files import write_whole
 from zmlx.backend.cuda.headers import headers
 from zmlx.backend.cuda.jit_module import (
     ASKED,
@@ -222,22 +222,9 @@ def keep(module: Module, lean: Lean) -> Path | None:
         options=lean.options,
     )
     # MLX reads the names when it has found the binary.
-    _write(names, f"{module.kernel}\t{lowered}\n".encode())
-    _write(file, binary)
+    write_whole(names, f"{module.kernel}\t{lowered}\n".encode())
+    write_whole(file, binary)
     return file
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file that is whole whenever it is there."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @cache

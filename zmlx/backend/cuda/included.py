@@ -7,11 +7,10 @@ is included only the name is in the text, and the name holds a hash of the conte
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 from zmlx.backend.cpu import native
+from zmlx.backend.cuda.files import write_whole
 from zmlx.backend.cuda.source import PRELUDE, CudaSource
 
 #: Characters from which a text goes into a file.
@@ -58,9 +57,5 @@ def _file(text: str, name: str) -> Path:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     file = native.cache_folder().parent.absolute() / "cuda" / f"{name}-{digest}.cuh"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(f"{text}\n")
-        os.replace(temporary, file)
+        write_whole(file, f"{text}\n".encode())
     return file

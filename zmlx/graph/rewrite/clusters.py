@@ -54,14 +54,13 @@ def fuse_small(graph: Graph) -> Graph:
 
 def _programs(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     """Return the kernels that make a segment: one if it fits, else one for what hangs together."""
-    parts = [part for part in _connected(nodes) if sum(map(_launches, part)) > 1]
-    together = [node for node in nodes if any(node in part for part in parts)]
-    if not together:
+    if sum(map(_launches, nodes)) < 2:
         return []
-    whole = _program(graph, together)
+    whole = _program(graph, nodes)
     if whole is not None:
         return [whole]
-    made = (_program(graph, part) for part in parts) if len(parts) > 1 else ()
+    parts = [part for part in _connected(nodes) if sum(map(_launches, part)) > 1]
+    made = (_program(graph, part) for part in parts if len(part) < len(nodes))
     return [node for node in made if node is not None]
 
 
