@@ -13,17 +13,18 @@ import mlx.core as mx
 import pytest
 from emulated_cuda import emulate_cuda
 from mlx_lm.models.cache import make_prompt_cache
-from simulated_recording import SimulatedRecording
+from simulated_recording import SimulatedRecording, arguments_of
 from zoo.build import build
 
 from zmlx.backend.cuda.jit_module import KernelText, module_of
-from zmlx.backend.cuda.recording import BYTES
+from zmlx.backend.cuda.recording import BUFFER, BYTES
 from zmlx.graph import building, layout, lending
 from zmlx.graph.caches import Layout
 from zmlx.graph.launches import Launch
 from zmlx.graph.planning import _told, steps
 from zmlx.graph.program import DecodeProgram, traced_step
 from zmlx.graph.replayed import Replayed
+from zmlx.kernels import attention_launch
 
 PROMPT = mx.array([[11, 95, 3, 152, 27, 64, 118]])
 TOKENS = (71, 8, 133, 40)
@@ -106,6 +107,31 @@ def test_two_caches_take_turns(recordings, monkeypatch):
         assert all(far(f, t) < 1e-5 for f, t in zip(found, truth, strict=True))
     [recording] = recordings
     assert recording.runs == 2 * len(TOKENS) - 1
+
+
+def test_each_cache_has_counters_of_its_own(recordings, monkeypatch):
+    """Steps of two caches may run at once: what counts who is last must not be the same memory."""
+    model = build("llama")
+    caches = [prompted(model), prompted(model, PROMPT[:, :4])]
+    program, _ = program_of(model, caches[0], monkeypatch, recorded=True)
+    counted = []
+    right = attention_launch._checked
+    monkeypatch.setattr(attention_launch, "_checked", lambda c, n: counted.append(c) or right(c, n))
+    for token in TOKENS[:3]:
+        for cache in caches:
+            mx.eval(program(mx.array([[token]]), cache))
+    layers = len(caches[0])
+    # MLX's own recording, for all steps, and ours: none of them keeps counters.
+    assert len(counted) == 2 * layers
+    [recording] = recordings
+    for node, arguments in arguments_of(recording.parts, recording.found):
+        names = node.arguments[0].kernel.input_names
+        given = [argument for argument in arguments if argument.base != BYTES]
+        for name, argument in zip(names, given, strict=False):
+            assert name != "counters" or argument.base == BUFFER
+    mine = [lending.lend(cache).counters for cache in caches]
+    assert mine[0] is not mine[1]
+    assert not any(mx.any(counters).item() for counters in mine)
 
 
 def test_larger_buffers_are_another_recording(recordings, monkeypatch):

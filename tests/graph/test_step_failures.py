@@ -136,7 +136,9 @@ def test_small_operations_that_give_wrong_numbers(monkeypatch, capsys):
 
 
 def test_keys_that_are_not_written(monkeypatch, capsys):
-    def unwritten(q, k, v, keys, values, state, *, after=None, shape=None, **options):
+    def unwritten(
+        q, k, v, keys, values, state, *, after=None, counters=None, shape=None, **options
+    ):
         out, *_ = decode_attention_reference(q, k, v, keys, values, state, **options)
         return out if shape is None else out.reshape(shape)
 

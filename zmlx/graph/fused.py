@@ -259,7 +259,7 @@ class ExpertCombination:
 class DecodeAttention:
     """Attention of one token, whose keys and values are written to the cache in place.
 
-    Inputs: q, k, v, keys, values, state, q_norm?, k_norm?, freqs?, sinks?, after?.
+    Inputs: q, k, v, keys, values, state, counters, q_norm?, k_norm?, freqs?, sinks?, after?.
     """
 
     heads: int
@@ -298,7 +298,7 @@ class DecodeAttention:
         """Return the attention's output."""
         inputs = _Inputs(arrays)
         q, k, v = (inputs.next(shape) for shape in self.takes)
-        keys, values, state = inputs.next(), inputs.next(), inputs.next()
+        keys, values, state, counters = (inputs.next() for _ in range(4))
         normed = self.eps is not None
         q_norm, k_norm = inputs.take(normed), inputs.take(normed)
         rope = inputs.rope(self.rope)
@@ -317,6 +317,7 @@ class DecodeAttention:
             rope=rope,
             sinks=sinks,
             after=inputs.take(self.has_after),
+            counters=counters,
             shape=self.shape,
         )
 
@@ -325,7 +326,7 @@ class DecodeAttention:
 class LatentAttention:
     """Attention of one token over latents, which it writes to the cache in place.
 
-    Inputs: q, q_pe, latent, k_pe, latents, rope_keys, state, norm?, freqs?, after?.
+    Inputs: q, q_pe, latent, k_pe, latents, rope_keys, state, counters, norm?, freqs?, after?.
     """
 
     heads: int
@@ -359,7 +360,7 @@ class LatentAttention:
         """Return the attention's output."""
         inputs = _Inputs(arrays)
         q, q_pe, latent, k_pe = (inputs.next(shape) for shape in self.takes)
-        latents, rope_keys, state = inputs.next(), inputs.next(), inputs.next()
+        latents, rope_keys, state, counters = (inputs.next() for _ in range(4))
         norm = inputs.take(self.eps is not None)
         rope = inputs.rope(self.rope)
         return decode_attention_latent(
@@ -375,6 +376,7 @@ class LatentAttention:
             eps=self.eps or 0.0,
             rope=rope,
             after=inputs.take(self.has_after),
+            counters=counters,
             shape=self.shape,
         )
 

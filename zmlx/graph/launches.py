@@ -22,7 +22,6 @@ from zmlx.graph.operations import FUSED, built, emit
 from zmlx.graph.placing import alone, views
 from zmlx.graph.recording import Call, Recorder
 from zmlx.graph.trace import trace_with
-from zmlx.kernels.attention_launch import own_counters
 
 LAUNCH = f"{FUSED}Launch"
 #: Elements of a constant that is computed once, in place of an operation in every step.
@@ -98,7 +97,7 @@ def traced_launches(graph: Graph, arrays: Sequence[mx.array], addresses: Address
         def through(kernel: Kernel) -> Any:
             return recorder.recording(kernel.run, partial(_described, kernel))
 
-        with in_force(addresses, through), own_counters():
+        with in_force(addresses, through):
             yield []
 
     traced, _ = trace_with(noting, lambda *given: built(graph, given), *arrays)

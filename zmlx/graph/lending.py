@@ -21,6 +21,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from zmlx.kernels.attention_launch import new_counters
+
 #: Tokens by which buffers grow: a program is recorded again for each size.
 ROOM = 512
 #: Tokens that a new buffer has room for, at least.
@@ -55,6 +57,7 @@ class Chain:
     Attributes:
         after: an array that is there only when the step has run that was last put into the
             buffers; None before the first.
+        counters: what attention counts with; of this chain alone, whose steps never run at once.
         tracks: where the next tokens go.
         caches: weak references to those that share it, as long as all of them are lent.
         arrays: their keys and values.
@@ -62,6 +65,7 @@ class Chain:
     """
 
     after: mx.array | None = None
+    counters: mx.array = field(default_factory=new_counters)
     tracks: dict[Kind, Track] = field(default_factory=dict)
     caches: tuple[weakref.ref[Any], ...] = ()
     arrays: tuple[mx.array, ...] = ()
@@ -211,6 +215,7 @@ def lend(caches: Sequence[Any]) -> Chain:
         if chain.holds(caches):
             return chain
     chain = Chain()
+    mx.eval(chain.counters)  # here, for another thread may take the first step
     for cache in caches:
         keys, values = (_with_room(cache, array) for array in (cache.keys, cache.values))
         if isinstance(cache, RotatingKVCache):

@@ -32,6 +32,7 @@ from zmlx.graph.rewrite.products import fuse_products
 from zmlx.graph.rewrite.shapes import settled
 from zmlx.graph.same import difference
 from zmlx.graph.trace import in_order, trace
+from zmlx.kernels.attention_launch import COUNTERS, new_counters
 
 #: How many times stock's error, against float32, a step may have that is not within its limit.
 _MORE = 1.5
@@ -45,8 +46,9 @@ class Traced:
     """A step's graph for every position.
 
     Attributes:
-        graph: inputs are tokens, the caches' arrays, a state for each kind of cache and `after`;
-            outputs are what the forward returns and the arrays of caches that became others.
+        graph: inputs are tokens, the caches' arrays, a state for each kind of cache, `counters` and
+            `after`; outputs are what the forward returns and the arrays of caches that became
+            others.
         kinds: the kinds, in the order of their states.
     """
 
@@ -105,11 +107,13 @@ def _at(forward: Forward, layout: Layout, dtype: mx.Dtype, position: int, *, tri
         same = before.dtype == after.dtype and before.shape == after.shape
         if before not in places and not same:
             raise ProgramRefused(f"an array of a cache becomes {after.shape} from {before.shape}")
-    fused = fuse_attention(graph, position, places, Value(hidden.shape, hidden.dtype, "after"))
+    counters = Value((COUNTERS,), mx.int32, "counters")
+    after = Value(hidden.shape, hidden.dtype, "after")
+    fused = fuse_attention(graph, position, places, counters, after)
     _check_writes(fused, places)
     if tried and position == layout.positions()[0]:
         states = {place.state: mx.array(place.numbers, mx.int32) for place in places.values()}
-        probe(graph, fused.graph, states, fused.written)
+        probe(graph, fused.graph, {**states, counters: new_counters()}, fused.written)
     return Traced(fused.graph, tuple(dict.fromkeys(filter(None, layout.kinds))))
 
 
@@ -177,6 +181,7 @@ class DecodeProgram:
         self._in_lists = any(count is not None for count in layout.lists)
         of_caches = zip(traced.graph.inputs[1:], layout.input_kinds(), strict=False)
         buffers = [value for value, kind in of_caches if kind is not None]
+        buffers.append(traced.graph.inputs[-2])  # the counters
         build = Build(traced.graph)
         self._replay = Recorded(build, buffers) if recorded else mx.compile(build)
 
@@ -198,7 +203,7 @@ class DecodeProgram:
         states = [chain.state(each[at]) for at in self._examples]
         held = held_arrays([each[at] for at in self._used]) if self._plain else chain.arrays
         assert chain.after is not None, "a chain begins with an array"
-        chain.after, *rest = self._replay(tokens, *held, *states, chain.after)
+        chain.after, *rest = self._replay(tokens, *held, *states, chain.counters, chain.after)
         for at in self._lent:
             advance(each[at])
         chain.others = tuple(rest)

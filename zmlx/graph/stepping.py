@@ -168,7 +168,8 @@ class Steps:
         def forward(tokens: mx.array, caches: list[Any]) -> Any:
             return self._forward(module, tokens, caches)
 
-        program = DecodeProgram(traced_step(forward, layout, tokens.dtype), layout)
+        traced = traced_step(forward, layout, tokens.dtype)
+        program = DecodeProgram(traced, layout, recorded=True)
         hidden = program.traced.graph.outputs[0]
         allowed = _DEVIATIONS.get(hidden.dtype)
         if allowed is None:

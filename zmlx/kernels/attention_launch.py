@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,6 +42,8 @@ _TILES = 4
 _AT_ONCE = 1024
 #: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
 _COUNTERS_OF_A_ROW = 17
+#: Counters that are made, which is enough for most; small arrays would lie in memory of the host.
+COUNTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Layout:
 
     @property
     def counters(self) -> int:
-        """How many counters there must be; small arrays would lie in memory of the host."""
-        return max(16, self.rows * _COUNTERS_OF_A_ROW)
+        """How many counters there must be."""
+        return self.rows * _COUNTERS_OF_A_ROW
 
     @property
     def out(self) -> tuple[int, ...]:
@@ -255,7 +255,7 @@ def launched(
         layout: how it is spread.
         backend: where it runs.
         arrays: input -> array, None where the variant has no such input or, for counters, where
-            those of this thread and stream are to be taken.
+            new ones are to be made.
         numbers: further values of the template.
         shape: of the result, if it is wanted in another of as many elements.
 
@@ -264,7 +264,10 @@ def launched(
     """
     given = dict(arrays)
     if variant.form == "joined":
-        given["counters"] = _counters(layout.counters, arrays.get("counters"))
+        counters = given["counters"]
+        if counters is None:  # on a GPU two launches of one stream may run at once
+            counters = new_counters(layout.counters)
+        given["counters"] = _checked(counters, layout.counters)
     wanted = layout.out if shape is None else tuple(shape)
     shapes = {"out": wanted, "sums": layout.sums}
     dtypes = {"out": layout.q_dtype, "sums": mx.float32}
@@ -380,39 +383,18 @@ def _combination() -> Definition:
     )
 
 
-class _Counters(threading.local):
-    """Counters of one thread, for each stream: streams can be compared, not hashed."""
+def new_counters(number: int = COUNTERS) -> mx.array:
+    """Return counters for launches of which no two run at once.
 
-    def __init__(self) -> None:
-        self.made: list[tuple[mx.Stream, mx.array]] = []
-
-
-_COUNTERS = _Counters()
-
-
-@contextmanager
-def own_counters() -> Iterator[None]:
-    """Give launches of this thread counters that no launch outside of the block has."""
-    before, _COUNTERS.made = _COUNTERS.made, []
-    try:
-        yield
-    finally:
-        _COUNTERS.made = before
+    Args:
+        number: how many are needed; there are `COUNTERS` at least.
+    """
+    return mx.zeros((max(COUNTERS, number),), mx.int32)
 
 
-def _counters(number: int, given: mx.array | None) -> mx.array:
-    """Return counters: those given, or this thread's for its stream."""
-    if given is not None:
-        if given.dtype != mx.int32 or given.ndim != 1 or given.size < number:
-            raise ValueError(
-                f"counters are {given.dtype} {given.shape}; they take at least {number} int32"
-            )
-        return given
-    stream = mx.default_stream(mx.default_device())
-    for of, counters in _COUNTERS.made:
-        if of == stream and counters.size >= number:
-            return counters
-    made = mx.zeros((max(4096, number),), mx.int32)
-    mx.eval(made)
-    _COUNTERS.made.append((stream, made))
-    return made
+def _checked(counters: mx.array, number: int) -> mx.array:
+    if counters.dtype != mx.int32 or counters.ndim != 1 or counters.size < number:
+        raise ValueError(
+            f"counters are {counters.dtype} {counters.shape}; they take at least {number} int32"
+        )
+    return counters

@@ -144,9 +144,9 @@ def decode_attention(
         splits: threadgroups for the positions of one sequence and head; by default what fills a
             large GPU.
         counters: (N,) int32 zeros, 17 for each sequence and group of up to 8 query heads that share
-            a kv head; they are zeros again afterwards. Two launches that may run at once need
-            different ones; by default those of one thread and stream share theirs. Used on CUDA
-            only.
+            a kv head; they are zeros again afterwards. Two launches that may run at once, as those
+            of one evaluation may if neither needs the other's result, need different ones; by
+            default each launch has new ones, at the price of another kernel. Used on CUDA only.
         shape: of the result, if it is wanted in another of as many elements.
 
     Returns:

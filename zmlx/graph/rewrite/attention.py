@@ -48,7 +48,7 @@ class Fused:
     """A graph whose attention is fused.
 
     Attributes:
-        graph: the graph; the states and `after` are its last inputs.
+        graph: the graph; the states, `counters` and `after` are its last inputs.
         written: the inputs that it writes to -> what they became in the traced graph.
     """
 
@@ -79,7 +79,7 @@ class Place:
 
 
 def fuse_attention(
-    graph: Graph, position: int, places: Mapping[Value, Place], after: Value
+    graph: Graph, position: int, places: Mapping[Value, Place], counters: Value, after: Value
 ) -> Fused:
     """Return the graph with fused attention.
 
@@ -87,9 +87,10 @@ def fuse_attention(
         graph: a step of one token of one sequence, traced at a position.
         position: how many tokens there were before.
         places: input that is a buffer of keys or values -> where the token is written in it.
+        counters: of `decode_attention`, for all attention of the step.
         after: an array on which the step before depends; the first attention waits for it.
     """
-    finder = _Finder(graph, position, places)
+    finder = _Finder(graph, position, places, counters)
     states = list(dict.fromkeys(place.state for place in places.values()))
     nodes: list[Node] = []
     written: dict[Value, Value] = {}
@@ -107,7 +108,7 @@ def fuse_attention(
             later.update(node.outputs)
     nodes += positions_read(graph, position, states[0])
     outputs = tuple(value for value in graph.outputs if value not in written.values())
-    inputs = (*graph.inputs, *states, after)
+    inputs = (*graph.inputs, *states, counters, after)
     base = Graph(inputs, outputs, graph.constants, graph.nodes)
     return Fused(taken_over(base, nodes), written)
 
@@ -115,10 +116,13 @@ def fuse_attention(
 class _Finder:
     """Finds what attention reads, in a graph traced at a position."""
 
-    def __init__(self, graph: Graph, position: int, places: Mapping[Value, Place]) -> None:
+    def __init__(
+        self, graph: Graph, position: int, places: Mapping[Value, Place], counters: Value
+    ) -> None:
         self.graph = graph
         self.position = position
         self.places = places
+        self.counters = counters
 
     def fused(self, node: Node, after: Value | None) -> tuple[Node, tuple[_Write, _Write]] | None:
         """Return the fused node for an attention, and what it writes; None if it stays as it is."""
@@ -158,7 +162,8 @@ class _Finder:
         )
         raw = (query.raw, key.raw, origin(self.graph, values.new), keys.buffer, values.buffer)
         state = self.places[keys.buffer].state
-        inputs = (*raw, state, *(value for value in extra if value is not None))
+        given = (value for value in extra if value is not None)
+        inputs = (*raw, state, self.counters, *given)
         return Node("FusedDecodeAttention", inputs, node.outputs, (operation,))
 
     def over_latents(
@@ -196,7 +201,7 @@ class _Finder:
         raw = (origin(self.graph, q), query.raw, latent.raw, key.raw)
         extra = (latent.norm, query.freqs, after)
         given = tuple(value for value in extra if value is not None)
-        inputs = (*raw, latents.buffer, rope_keys.buffer, state, *given)
+        inputs = (*raw, latents.buffer, rope_keys.buffer, state, self.counters, *given)
         return Node("FusedLatentAttention", inputs, node.outputs, (operation,)), (
             latents,
             rope_keys,
