@@ -177,7 +177,12 @@ def parts(capsule: Capsule, subject: str, variant: str) -> Iterator[str]:
 def patches(capsule: Capsule) -> Iterator[str]:
     """One row for each model: what patching takes and changes besides the speed."""
     yield from head(
-        "model", "patching, s", "modules", "peak memory of decode", "logits from stock's"
+        "model",
+        "patching, s",
+        "modules",
+        "peak memory of decode",
+        "logits off, stock",
+        "zmlx",
     )
     for name, labels in workloads_of(capsule).items():
         growth = []
@@ -185,13 +190,13 @@ def patches(capsule: Capsule) -> Iterator[str]:
             stock, ours = both(capsule, f"{name}, {label}", "peak_memory")
             growth += [100 * (ours / stock - 1)] if stock and ours else []
         seconds, modules = (capsule.median(name, "zmlx", q) for q in ("patching", "modules"))
-        apart = capsule.median(f"{name}, {labels[0]}", "zmlx", "logits_apart")
+        errors = both(capsule, f"{name}, {labels[0]}", "logits_error")
         yield rows(
             name,
             digits(seconds),
             digits(modules),
             f"{max(growth):+.1f} %" if growth else "",
-            "" if apart is None else f"{digits(apart)} %",
+            *("" if error is None else f"{digits(error)} %" for error in errors),
         )
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from zmlx.bench.suite import Bench, Settings
 from zmlx.bench.traffic import cache_bytes
 from zmlx.bench.twin import twin
 from zmlx.bench.workloads import Batch, Decode, Prefill, generated, parts
+from zmlx.graph.trace import TraceError
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -91,7 +93,8 @@ def test_everything_is_measured_for_both(measured):
             assert len(capsule.values(f"tiny-moe, {label}", variant, "peak_memory")) == 3
     for quantity in ("python", "encoding", "weights", "cache"):
         assert capsule.median("tiny-moe, context 8", "zmlx", quantity) > 0
-    assert 0 < capsule.median("tiny-moe, context 8", "zmlx", "logits_apart") < 50
+    for variant in ("stock", "zmlx"):
+        assert 0 < capsule.median("tiny-moe, context 8", variant, "logits_error") < 50
     assert capsule.median("tiny-moe", "zmlx", "patching") > 0
     assert capsule.median("tiny-moe", "zmlx", "modules") > 0
     assert capsule.plans["tiny-moe"]["patched_count"] == capsule.median(
@@ -252,7 +255,34 @@ def test_a_patched_model_that_computes_something_else_fails_the_command(
     monkeypatch.setattr(suite, "patch", wrong)
     code, _, err = called(capsys, folder, *SMALL, "--skip", "batch", "--skip", "prefill")
     assert code == 1
-    assert "logits are 200 % from stock's" in err
+    assert "logits are 200 % from those in float32, stock's " in err
+
+
+def test_a_patched_model_that_is_as_far_off_as_stock_is_none_that_fails():
+    """Routers that choose other experts for a difference in the last digit do so in both."""
+    network = nn.Module()
+    bench = Bench("flips", network, 512, Settings(contexts=(8,)), 1e9)
+    exact = mx.random.normal((512,), key=mx.random.key(1))
+    far, as_far = (exact + mx.random.normal((512,), key=mx.random.key(k)) for k in (2, 3))
+    for ours, failures in ((as_far, 0), (exact + 4 * (far - exact), 1)):
+        bench._logits = lambda variant, ours=ours: ours
+        bench._compare(far, exact)
+        assert len(bench.drain().failures) == failures
+
+
+def test_a_model_that_cannot_be_computed_in_float32_is_compared_with_stock(
+    folder, capsys, monkeypatch
+):
+    def untraceable(*_):
+        raise TraceError("reads an array")
+
+    monkeypatch.setattr(suite, "step_in_float32", untraceable)
+    options = ("--skip", "batch", "--skip", "prefill", "--skip", "breakdown", "--json")
+    code, out, err = called(capsys, folder, *SMALL, *options)
+    assert code == 0
+    assert "tiny-moe: not computed in float32: reads an array" in err + out
+    runs = json.loads(out)["capsule"]["runs"]
+    assert [r["variant"] for r in runs if "logits_error" in r["values"]] == ["zmlx"]
 
 
 def test_a_stock_model_without_finite_logits_is_refused(folder):

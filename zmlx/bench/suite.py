@@ -27,6 +27,7 @@ from zmlx.bench.prompts import Prompts
 from zmlx.bench.traffic import cache_bytes, weight_bytes
 from zmlx.bench.twin import twin
 from zmlx.bench.workloads import Decode, Outcome, Workload, generated, parts, workloads
+from zmlx.graph.probing import step_in_float32
 from zmlx.patch import PatchReport, patch
 from zmlx.runtime import sampling
 
@@ -45,7 +46,7 @@ QUANTITIES: Quantities = {
     "cache": ("bytes", False),
     "patching": ("s", False),
     "modules": ("patched", True),
-    "logits_apart": ("%", False),
+    "logits_error": ("%", False),
     "bandwidth": ("GB/s", True),
 }
 STOCK, ZMLX = "stock", "zmlx"
@@ -56,8 +57,11 @@ _WARM_TOKENS = 16
 #: Steps that are taken apart, and steps that a profiler watches.
 _STEPS = 24
 _WATCHED = 8
-#: Percent of the logits' spread by which the patched model may differ before a line says so.
-_FAR_APART = 50.0
+#: Error of the patched model's logits, in percent of their spread, that is a failure where it is
+#: more than `_MORE` times stock's: a router that chooses other experts for a difference in the last
+#: digit makes errors of any size, in both.
+_FAR_OFF = 50.0
+_MORE = 1.5
 
 
 class Unmeasurable(RuntimeError):
@@ -165,15 +169,15 @@ class Bench:
             Unmeasurable: the stock model gives no finite logits, or does not fit into memory.
         """
         with _memory_errors(self.name):
-            logits = self._logits(STOCK)
-            if not mx.all(mx.isfinite(logits)).item():
+            stock, exact = self._logits(STOCK), self._exact()
+            if not mx.all(mx.isfinite(stock)).item():
                 raise Unmeasurable(f"{self.name}: the stock model's logits are not finite")
             for work in self.decodes:
                 self.caches[work.label] = self._cache_bytes(work)
             self.work = [work for work in self.work if self._warm_up(work, STOCK)]
             before = _active_bytes()
             self._patch()
-            self._compare(logits)
+            self._compare(stock, exact)
             self.work = [work for work in self.work if self._warm_up(work, ZMLX)]
             self.kept = max(0, _active_bytes() - before)
             for each in self.work:
@@ -293,26 +297,47 @@ class Bench:
                 }
                 self._add(work.label, variant, 0, {**values, **sizes}, samples)
 
-    def _compare(self, stock: mx.array) -> None:
-        """Note how far the patched model's logits are from stock's."""
+    def _compare(self, stock: mx.array, exact: mx.array | None) -> None:
+        """Note how far the logits of both are from what float32 gives, or ours from stock's."""
         ours = self._logits(ZMLX)
-        spread = mx.sqrt(mx.mean(mx.square(stock - mx.mean(stock))))
-        apart = 100 * cast(float, (mx.sqrt(mx.mean(mx.square(ours - stock))) / spread).item())
         where = f"{self.name}, {self.first.label}"
         if not mx.all(mx.isfinite(ours)).item():
             self.result.failures.append(f"{where}: zmlx: logits are not finite")
             return
-        if apart > _FAR_APART:
-            self.result.failures.append(f"{where}: zmlx: logits are {apart:.0f} % from stock's")
-        self._add(self.first.label, ZMLX, 0, {"logits_apart": apart}, {})
+        error, theirs = _error(ours, stock if exact is None else exact), 0.0
+        self._add(self.first.label, ZMLX, 0, {"logits_error": error}, {})
+        if exact is not None:
+            theirs = _error(stock, exact)
+            self._add(self.first.label, STOCK, 0, {"logits_error": theirs}, {})
+        if error > max(_FAR_OFF, _MORE * theirs):
+            than = "stock's" if exact is None else f"those in float32, stock's {theirs:.0f} %"
+            self.result.failures.append(f"{where}: zmlx: logits are {error:.0f} % from {than}")
 
     def _logits(self, variant: str) -> mx.array:
         """Return the float32 logits of a step after the first context."""
-        prompt, model = self.first.prompt, self.models[variant]
-        cache = self.prompts.after(prompt)
-        logits: mx.array = model(mx.array([prompt[-1:]]), cache=cache)[0, -1].astype(mx.float32)
-        mx.eval(logits)
-        return logits
+        tokens, model = self._step(), self.models[variant]
+        logits: mx.array = model(tokens, cache=self.prompts.after(self.first.prompt))
+        return _last(logits)
+
+    def _exact(self) -> mx.array | None:
+        """Return the same of the stock model, computed in float32; None and a note if it cannot."""
+
+        def forward(tokens: mx.array, caches: list[Any]) -> mx.array:
+            logits: mx.array = self.models[STOCK](tokens, cache=caches)
+            return logits
+
+        caches = self.prompts.after(self.first.prompt)
+        try:
+            return _last(step_in_float32(forward, self._step(), caches))
+        except RuntimeError as reason:  # a model that cannot be traced, a kernel that cannot run
+            if _out_of_memory(reason):
+                raise
+            text = f"{self.name}: not computed in float32: {str(reason).strip().splitlines()[0]}"
+            self.result.notes.append(text)
+            return None
+
+    def _step(self) -> mx.array:
+        return mx.array([self.first.prompt[-1:]])
 
     def _cache_bytes(self, work: Decode) -> int:
         """Return the bytes that the stock model's cache holds after a prompt; nothing is run."""
@@ -368,6 +393,19 @@ class Bench:
         lists = {name: list(numbers) for name, numbers in samples.items()}
         run = Run(f"{self.name}, {label}", variant, repeat, dict(values), lists)
         self.result.runs.append(run)
+
+
+def _last(logits: mx.array) -> mx.array:
+    """Return the last token's logits in float32, computed."""
+    logits = logits[0, -1].astype(mx.float32)
+    mx.eval(logits)
+    return logits
+
+
+def _error(logits: mx.array, truth: mx.array) -> float:
+    """Return how far logits are off, root mean square, in percent of the spread of the truth."""
+    spread = mx.sqrt(mx.mean(mx.square(truth - mx.mean(truth))))
+    return 100 * cast(float, (mx.sqrt(mx.mean(mx.square(logits - truth))) / spread).item())
 
 
 def _active_bytes() -> int:

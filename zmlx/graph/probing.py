@@ -8,8 +8,10 @@ formats, on inputs of ordinary size. What the graph did is computed in float32: 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,7 +20,7 @@ from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.backend.outputs import together
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import FUSED, emit
-from zmlx.graph.trace import in_order
+from zmlx.graph.trace import in_order, trace
 
 #: Largest deviation from what float32 gives, relative, root mean square: an operation rounds to its
 #: dtype once or several times, and products of float32 may be of fewer bits on a GPU.
@@ -142,6 +144,24 @@ def _random(value: Value, seed: int, experts: int) -> mx.array:
     if mx.issubdtype(value.dtype, mx.integer):
         return mx.random.randint(0, experts, value.shape, key=key).astype(value.dtype)
     return mx.random.normal(value.shape, key=key).astype(value.dtype)
+
+
+def step_in_float32(
+    forward: Callable[[mx.array, list[Any]], mx.array], tokens: mx.array, caches: Sequence[Any]
+) -> mx.array:
+    """Return what a forward gives for a step, lazily, computed in float32 where it has 16 bits.
+
+    Args:
+        forward: of MLX's operations; takes tokens and caches.
+        tokens: of the step.
+        caches: they stay as they are.
+
+    Raises:
+        zmlx.graph.trace.TraceError: it cannot be traced.
+    """
+    graph = trace(lambda tokens: forward(tokens, copy.deepcopy(list(caches))), tokens)
+    [exact] = in_float32(graph, {graph.inputs[0]: tokens}, graph.outputs)
+    return exact
 
 
 def in_float32(
