@@ -21,7 +21,7 @@ import numpy as np
 from zmlx.bench.prompts import Prompts
 
 #: Steps of a timed batch at most: it gives many tokens in each.
-_BATCH_STEPS = 16
+_BATCH_STEPS = 32
 
 
 @dataclass(frozen=True)
