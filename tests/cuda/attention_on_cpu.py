@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 from warp_program import kernels_on_cpu
 
 from zmlx.backend.cuda import handwritten
 from zmlx.backend.launch import forget
-from zmlx.kernels import attention_launch
+from zmlx.kernels import attention_clusters, attention_launch
 from zmlx.kernels.attention_launch import new_counters
 from zmlx.kernels.attention_tensor_source import PRIMITIVES
 
@@ -37,21 +39,35 @@ inline int counted(int* counter) { return (*counter)++; }
 inline float from_bits(unsigned x) { return std::bit_cast<float>(x); }
 }
 """
+CLUSTERS_ON_CPU = """
+#define BLOCKS_OF_A_CLUSTER %s
+namespace attention {
+inline void come() { come_to_cluster(); }
+inline void meet() { meet_cluster(); }
+template <typename X>
+X* of_block(X* variable, int block) { return in_block(variable, block); }
+}
+"""
 
 
-def run_on_warps(monkeypatch, module, *, backwards):
+def run_on_warps(monkeypatch, module, *, backwards, clusters=False):
     """Yield while what a module sends to CUDA runs on the CPU; afterwards counters must be zero."""
 
     def header(text):
         bounds, found, rest = text.partition(PRIMITIVES)
         assert found
         assert all(line.startswith("#") for line in bounds.splitlines())
+        size = re.search(r"__cluster_dims__\((\d), 1, 1\)", bounds)
+        assert (size is not None) == (attention_clusters.PRIMITIVES in rest)
+        if size is not None:
+            rest = rest.replace(attention_clusters.PRIMITIVES, CLUSTERS_ON_CPU % size[1])
         return ON_CPU + rest
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", kernels_on_cpu(header, lambda: backwards))
     monkeypatch.setattr(handwritten, "shortened", lambda source, name: source)
     monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
+    monkeypatch.setattr(module, "may_cluster", lambda: clusters)
     made = []
 
     def noted(number):

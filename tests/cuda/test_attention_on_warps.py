@@ -19,10 +19,15 @@ pytestmark = pytest.mark.skipif(
 F16, BF16 = mx.float16, mx.bfloat16
 
 
-@pytest.fixture(params=["forwards", "backwards"], autouse=True)
+@pytest.fixture(params=["forwards", "backwards", "clusters", "clusters backwards"], autouse=True)
 def on_warps(monkeypatch, request):
     """In both orders, so that a missing barrier shows."""
-    yield from run_on_warps(monkeypatch, module, backwards=request.param == "backwards")
+    yield from run_on_warps(
+        monkeypatch,
+        module,
+        backwards="backwards" in request.param,
+        clusters="clusters" in request.param,
+    )
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)

@@ -24,10 +24,15 @@ F16, BF16 = mx.float16, mx.bfloat16
 LEAST = {F16: 1e-3, BF16: 8e-3}
 
 
-@pytest.fixture(params=["forwards", "backwards"], autouse=True)
+@pytest.fixture(params=["forwards", "backwards", "clusters", "clusters backwards"], autouse=True)
 def on_warps(monkeypatch, request):
     """In both orders, so that a missing barrier shows."""
-    yield from run_on_warps(monkeypatch, module, backwards=request.param == "backwards")
+    yield from run_on_warps(
+        monkeypatch,
+        module,
+        backwards="backwards" in request.param,
+        clusters="clusters" in request.param,
+    )
 
 
 def check(given, at, *, splits=None, norm=None, rope=None):

@@ -90,10 +90,14 @@ def _program(name: str, function: str, source: CudaSource, inputs: list[mx.array
         at += 1
     return f"""#include "warps.hpp"
 {function}
+#ifndef BLOCKS_OF_A_CLUSTER
+#define BLOCKS_OF_A_CLUSTER 1
+#endif
 namespace mlx::core::cu {{
 extern "C" const char* launch(void** pointers, Shape* shapes, Strides* strides, unsigned* grid,
                               int threads, bool backwards) {{
-  return run_grid({{grid[0], grid[1], grid[2]}}, threads, backwards, [&] {{
+  const dim3 blocks{{grid[0], grid[1], grid[2]}};
+  return run_grid(blocks, BLOCKS_OF_A_CLUSTER, threads, backwards, [&] {{
     custom_kernel_{name}({", ".join(arguments)});
   }});
 }}

@@ -1,7 +1,8 @@
 // CUDA's threads on the CPU, as far as hand-written bodies need them: fibers that wait for each
 // other at barriers, and what a warp does together. Blocks run one after another, from the first or
-// from the last; of shared memory nothing is known at a block's start. A program includes this,
-// then kernels with `__global__` as functions, and runs them with `run_grid`.
+// from the last, those of a cluster each as far as it comes without the others; of shared memory
+// nothing is known at a block's start. A program includes this, then kernels with `__global__` as
+// functions, and runs them with `run_grid`.
 #pragma once
 
 #include <ucontext.h>
@@ -67,21 +68,28 @@ struct Meeting {  // a barrier, with room for what each thread brings to it
   long generation = 0;
   std::array<std::array<float, 12>, 32> brought[2];
 };
-struct Machine {
+struct Machine {  // what runs a block
   ucontext_t scheduler, fibers[MOST_THREADS];
-  std::vector<char> stacks = std::vector<char>(size_t(MOST_THREADS) * STACK);
+  std::unique_ptr<char[]> stacks;
   Meeting block, warps[MOST_THREADS / 32];
   bool ended[MOST_THREADS];
+  long seen[MOST_THREADS];  // the generation of the cluster to which a thread has come, or -1
   int current, running;
   long events;  // of arrivals and ends; where there are none for long, all wait for each other
   const std::function<void()>* body;
+  dim3 index;
+  std::vector<char> shared;  // while other blocks of the cluster run
 };
-inline Machine machine;
+constexpr int MOST_BLOCKS = 8;
+inline unsigned blocks_of_a_cluster;  // along x
+inline Machine machines[MOST_BLOCKS];
+inline Machine* here = machines;
+inline Meeting cluster;
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 inline void yield_fiber() {
-  int me = machine.current;
-  swapcontext(&machine.fibers[me], &machine.scheduler);
+  int me = here->current;
+  swapcontext(&here->fibers[me], &here->scheduler);
 }
 inline void leave(Meeting& meeting) {
   --meeting.wanted;
@@ -91,7 +99,7 @@ inline void leave(Meeting& meeting) {
 }
 inline void wait_for_all(Meeting& meeting) {
   long generation = meeting.generation;
-  ++machine.events;
+  ++here->events;
   if (++meeting.arrived == meeting.wanted) {
     meeting.arrived = 0;
     ++meeting.generation;
@@ -103,36 +111,55 @@ inline void wait_for_all(Meeting& meeting) {
 }
 inline std::exception_ptr failure;
 inline void fiber_main() {
-  int me = machine.current;
+  int me = here->current;
   try {
-    (*machine.body)();
-    leave(machine.warps[me / 32]);
-    leave(machine.block);
+    (*here->body)();
+    if (here->seen[me] >= 0) {
+      throw std::runtime_error("a thread ended that had come to its cluster and not met it");
+    }
+    leave(here->warps[me / 32]);
+    leave(here->block);
+    leave(cluster);
   } catch (...) {
     failure = std::current_exception();
   }
-  machine.ended[me] = true;
-  --machine.running;
-  ++machine.events;
-  swapcontext(&machine.fibers[me], &machine.scheduler);
+  here->ended[me] = true;
+  --here->running;
+  ++here->events;
+  swapcontext(&here->fibers[me], &here->scheduler);
 }
-inline void run_block(int threads, const std::function<void()>& body, bool backwards) {
-  std::memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
+inline size_t shared_bytes() { return __stop_shared_memory - __start_shared_memory; }
+inline void begin_block(Machine& machine, dim3 index, int threads,
+                        const std::function<void()>& body) {
+  machine.index = index;
+  machine.shared.assign(shared_bytes(), char(0xff));
   machine.body = &body;
   machine.running = threads;
   machine.block.wanted = threads;
   machine.block.arrived = 0;
+  if (!machine.stacks) {
+    machine.stacks = std::make_unique_for_overwrite<char[]>(size_t(MOST_THREADS) * STACK);
+  }
   for (int i = 0; i < threads; ++i) {
     machine.ended[i] = false;
+    machine.seen[i] = -1;
     machine.warps[i / 32].wanted = 32;
     machine.warps[i / 32].arrived = 0;
     getcontext(&machine.fibers[i]);
-    machine.fibers[i].uc_stack.ss_sp = machine.stacks.data() + size_t(i) * STACK;
+    machine.fibers[i].uc_stack.ss_sp = machine.stacks.get() + size_t(i) * STACK;
     machine.fibers[i].uc_stack.ss_size = STACK;
     makecontext(&machine.fibers[i], fiber_main, 0);
   }
-  while (machine.running) {
-    long before = machine.events;
+}
+// Runs the threads of a block until each has ended or waits for another one; whether any did
+// something.
+inline bool run_on(Machine& machine, int threads, bool backwards) {
+  here = &machine;
+  blockIdx = machine.index;
+  std::memcpy(__start_shared_memory, machine.shared.data(), shared_bytes());
+  const long first = machine.events;
+  for (long before = -1; machine.running && before != machine.events;) {
+    before = machine.events;
     for (int n = 0; n < threads; ++n) {
       int i = backwards ? threads - 1 - n : n;
       if (!machine.ended[i]) {
@@ -144,32 +171,96 @@ inline void run_block(int threads, const std::function<void()>& body, bool backw
         }
       }
     }
-    if (machine.events == before) {
+  }
+  std::memcpy(machine.shared.data(), __start_shared_memory, shared_bytes());
+  return machine.events != first;
+}
+// Runs the blocks of a cluster, the first of which is `index`.
+inline void run_cluster(dim3 index, int threads, const std::function<void()>& body,
+                        bool backwards) {
+  const unsigned size = blocks_of_a_cluster;
+  cluster = {int(size) * threads};
+  for (unsigned n = 0; n < size; ++n) {
+    begin_block(machines[n], {index.x + n, index.y, index.z}, threads, body);
+  }
+  auto runs = [](const Machine& machine) { return machine.running > 0; };
+  while (std::any_of(machines, machines + size, runs)) {
+    bool moved = false;
+    for (unsigned n = 0; n < size; ++n) {
+      moved |= run_on(machines[backwards ? size - 1 - n : n], threads, backwards);
+    }
+    if (!moved) {
       throw std::runtime_error("all threads wait for each other");
     }
   }
 }
-// Runs a kernel; returns what went wrong, or an empty text.
-inline const char* run_grid(dim3 grid, int threads, bool backwards, std::function<void()> body) {
+// Runs a kernel that was compiled for clusters of so many blocks; returns what went wrong, or an empty text.
+inline const char* run_grid(dim3 grid, unsigned cluster_size, int threads, bool backwards,
+                            std::function<void()> body) {
   static std::string told;
+  blocks_of_a_cluster = cluster_size;
   gridDim = grid;
   blockDim = {unsigned(threads), 1, 1};
-  unsigned blocks = grid.x * grid.y * grid.z;
   told.clear();
   try {
-    for (unsigned n = 0; n < blocks; ++n) {
-      unsigned i = backwards ? blocks - 1 - n : n;
-      blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-      run_block(threads, body, backwards);
+    if (grid.x % blocks_of_a_cluster) {
+      throw std::runtime_error("the grid is no multiple of a cluster");
+    }
+    unsigned along = grid.x / blocks_of_a_cluster, clusters = along * grid.y * grid.z;
+    for (unsigned n = 0; n < clusters; ++n) {
+      unsigned i = backwards ? clusters - 1 - n : n;
+      dim3 index = {i % along * blocks_of_a_cluster, i / along % grid.y, i / along / grid.y};
+      run_cluster(index, threads, body, backwards);
     }
   } catch (const std::exception& error) {
     told = error.what();
-    std::memset(machine.stacks.data(), 0, machine.stacks.size());
   }
   return told.c_str();
 }
 
-inline void __syncthreads() { wait_for_all(machine.block); }
+inline void __syncthreads() { wait_for_all(here->block); }
+
+// ---- what a cluster does together ------------------------------------------------------------------
+
+inline void come_to_cluster() {
+  long& seen = here->seen[here->current];
+  if (seen >= 0) {
+    throw std::runtime_error("a thread came to its cluster twice");
+  }
+  seen = cluster.generation;
+  ++here->events;
+  if (++cluster.arrived == cluster.wanted) {
+    cluster.arrived = 0;
+    ++cluster.generation;
+  }
+}
+inline void meet_cluster() {
+  long& seen = here->seen[here->current];
+  if (seen < 0) {
+    throw std::runtime_error("a thread waits for its cluster and has not come");
+  }
+  while (cluster.generation == seen) {
+    yield_fiber();
+  }
+  seen = -1;
+  ++here->events;
+}
+// A variable in the shared memory of another block, which must have begun, and not ended.
+template <typename X>
+X* in_block(X* variable, unsigned block) {
+  if (block >= blocks_of_a_cluster) {
+    throw std::runtime_error("there is no such block in the cluster");
+  }
+  Machine& machine = machines[block];
+  if (cluster.generation == 0) {
+    throw std::runtime_error("the other block may not have begun");
+  }
+  if (machine.running < int(blockDim.x)) {
+    throw std::runtime_error("the other block may have ended");
+  }
+  size_t at = (char*)variable - __start_shared_memory;
+  return &machine == here ? variable : (X*)(machine.shared.data() + at);
+}
 
 // ---- what a warp does together ---------------------------------------------------------------------
 
@@ -177,9 +268,9 @@ inline void __syncthreads() { wait_for_all(machine.block); }
 // to the next but one meeting before all have left this.
 template <size_t N>
 const std::array<float, 12>* together(const std::array<float, N>& mine) {
-  Meeting& warp = machine.warps[machine.current / 32];
+  Meeting& warp = here->warps[here->current / 32];
   auto& room = warp.brought[warp.generation % 2];
-  std::copy(mine.begin(), mine.end(), room[machine.current % 32].begin());
+  std::copy(mine.begin(), mine.end(), room[here->current % 32].begin());
   wait_for_all(warp);
   return room.data();
 }
@@ -195,7 +286,12 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 template <typename X>
 X __shfl_xor_sync(unsigned mask, X x, int lanes) {
   check_mask(mask);
-  return std::bit_cast<X>(together<1>({std::bit_cast<float>(x)})[machine.current % 32 ^ lanes][0]);
+  return std::bit_cast<X>(together<1>({std::bit_cast<float>(x)})[here->current % 32 ^ lanes][0]);
+}
+template <typename X>
+X __shfl_sync(unsigned mask, X x, int lane) {
+  check_mask(mask);
+  return std::bit_cast<X>(together<1>({std::bit_cast<float>(x)})[lane % 32][0]);
 }
 
 // mma.sync.aligned.m16n8k16.row.col: the fragments are those of the PTX manual. The products are
@@ -208,7 +304,7 @@ void mma_16_8_16(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, u
   auto element = [&](int lane, int word, int half) {
     return double(wide(uint16_t(std::bit_cast<unsigned>(all[lane][word]) >> 16 * half), kind));
   };
-  int lane = machine.current % 32;
+  int lane = here->current % 32;
   for (int i = 0; i < 4; ++i) {
     int m = lane / 4 + (i >= 2 ? 8 : 0), n = lane % 4 * 2 + i % 2;
     double sum = c[i];

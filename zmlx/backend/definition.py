@@ -24,6 +24,7 @@ class CudaBody:
         architecture: the compute capability that it needs, times ten; devices of a lower one get
             the translated body.
         launch: grid and threadgroup, where threads are dealt out otherwise than for Metal.
+        cluster: blocks along x that are a cluster; every launch has a multiple of them.
         threads: most threads of a block, where the compiler has to know them so that there are
             registers for all; 0 where any number can run.
     """
@@ -32,6 +33,7 @@ class CudaBody:
     header: str = ""
     architecture: int = 0
     launch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
+    cluster: int = 1
     threads: int = 0
 
 

@@ -8,6 +8,7 @@ a warp reads as keys it reads again as values, in the order of that product, fro
 
 from __future__ import annotations
 
+from zmlx.kernels import attention_clusters as clusters
 from zmlx.kernels import attention_tensor_source as plain
 from zmlx.kernels.attention_source import Variant, filled
 
@@ -56,21 +57,28 @@ inline Piece scaled_eight(const Eight<T>& from, float by, const Eight<X>& weight
   }
   return packed_eight<T>(x);
 }
-// What the mean square of a row is multiplied by to become one, in all lanes.
-template <int D, typename T>
-inline float reciprocal_norm(const T* from, int lane, float eps) {
+// A row, of which each lane has some elements.
+template <int D, int N, typename T>
+inline void load_row(Eight<T> (&to)[N], const T* from, int lane) {
+  UNROLL
+  for (int n = 0; n < N; ++n) {
+    to[n] = {};
+    if (D % 256 == 0 || 256 * n + 8 * lane < D) {
+      to[n].load(from + 256 * n + 8 * lane);
+    }
+  }
+}
+// What it is multiplied by for its mean square to become one, in all lanes.
+template <int D, int N, typename T>
+inline float reciprocal_norm(const Eight<T> (&row)[N], float eps) {
   float square = 0.0f;
   UNROLL
-  for (int d = 8 * lane; d < (D + 255) / 256 * 256; d += 256) {
-    if (D % 256 == 0 || d < D) {
-      Eight<T> raw;
-      float x[8];
-      raw.load(from + d);
-      raw.widen(x);
-      UNROLL
-      for (int e = 0; e < 8; ++e) {
-        square += x[e] * x[e];
-      }
+  for (int n = 0; n < N; ++n) {
+    float x[8];
+    row[n].widen(x);
+    UNROLL
+    for (int e = 0; e < 8; ++e) {
+      square += x[e] * x[e];
     }
   }
   UNROLL
@@ -79,11 +87,37 @@ inline float reciprocal_norm(const T* from, int lane, float eps) {
   }
   return rsqrtf(square / D + eps);
 }
+inline Piece of_lane(Piece x, int lane) {
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x.word[i] = __shfl_sync(0xffffffffu, x.word[i], lane);
+  }
+  return x;
+}
+inline float4 of_other(float4 x, int mask) {
+  return make_float4(
+      __shfl_xor_sync(0xffffffffu, x.x, mask), __shfl_xor_sync(0xffffffffu, x.y, mask),
+      __shfl_xor_sync(0xffffffffu, x.z, mask), __shfl_xor_sync(0xffffffffu, x.w, mask));
+}
+// Four lanes have four of something each. Afterwards lane c has number c of each of them.
+inline void exchanged(float4 (&x)[4], int c) {
+  UNROLL
+  for (int mask = 2; mask > 0; mask /= 2) {
+    const bool upper = (c & mask) != 0;
+    UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const int one = mask == 2 ? n : 2 * n, two = one + mask;
+      const float4 other = of_other(upper ? x[one] : x[two], mask);
+      x[one] = upper ? other : x[one];
+      x[two] = upper ? x[two] : other;
+    }
+  }
+}
 }
 """
 
 _PLACE = """
-constexpr int SLICES = (D + 63) / 64, WARPS = SLICES + 1, THREADS = WARPS * 32;
+${begin}constexpr int SLICES = (D + 63) / 64, WARPS = SLICES + 1, THREADS = WARPS * 32;
 constexpr int TILES = KEYS / 8, ROWS = KEYS / 4;
 constexpr int LINE = KEYS + 8;  // so that heads do not begin in the same bank
 const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -127,6 +161,18 @@ for (int j = 0; j < 2; ++j) {
     raw[j].load(its_query + 32 * j + 8 * c);
   }
 }
+// What is new: of the latent lane 4 g + c has 8 elements from 8 g on.
+Eight<T> raw_key[2];
+UNROLL
+for (int j = 0; j < 2; ++j) {
+  raw_key[j] = {};
+  if (is_turned && 32 * j + 8 * c < size) {
+    raw_key[j].load(k_pe_from + 32 * j + 8 * c);
+  } else if (!is_turned && j == 0 && 8 * g < size) {
+    raw_key[j].load(k_from + low + 8 * g);
+  }
+}
+$weight_loads$frequencies
 T* const rows = is_turned ? (T*)rope_keys + batch * rope_keys_strides[0]
                           : (T*)keys + batch * keys_strides[0] + low;
 const int stride = is_turned ? rope_keys_strides[2] : keys_strides[2];
@@ -140,17 +186,20 @@ if (AT_ONCE && tile * KEYS <= last_row) {
 const bool dense = keys_strides[3] == 1 && rope_keys_strides[3] == 1;
 const float scale = dense ? from_bits(SCALE) * 1.44269504f : from_bits(0x7fc00000u);
 const int tiles = (length + KEYS - 1) / KEYS;
-if (split >= tiles) {
-  return;
-}
-if (!AT_ONCE) {
-  fetch_slice(k_tile, rows, stride, tile * KEYS, last_row, g, c, size);
-  fetch_value_slice(v_tile, rows, stride, tile * KEYS, last_row, g, c, value_size);
-}
-__shared__ float partial[WARPS * 8 * LINE];
+${leave}__shared__ float partial[WARPS * 8 * LINE];
 __shared__ float all_scores[8 * LINE];
 $directions"""
 _WEIGHTS = """const auto* k_weights = k_weight;
+"""
+# Rows of latents are shared by all warps.
+_WEIGHT_LOADS = """Eight<T> new_latent[(D + 255) / 256];
+decltype(eight_of(k_weight)) weights = {};
+if (!is_turned) {
+  load_row<D>(new_latent, k_from, lane);
+  if (8 * g < size) {
+    weights.load(k_weights + low + 8 * g);
+  }
+}
 """
 _WEIGHT_COPIES = """  k_weights = copied(copies + (HEADS + 1) * (D + E) / 8, k_weights, 1, D, 0, 1);
 """
@@ -160,6 +209,11 @@ float2* const directions = (float2*)all_directions;
 
 # Each warp prepares and writes its own elements of what is new.
 _PREPARE = """
+if (split < tiles) {
+if (!AT_ONCE) {
+  fetch_slice(k_tile, rows, stride, tile * KEYS, last_row, g, c, size);
+  fetch_value_slice(v_tile, rows, stride, tile * KEYS, last_row, g, c, value_size);
+}
 const bool fresh = write / KEYS % SPLITS == split && write < length;
 Piece queries[2];
 if (!is_turned) {
@@ -168,12 +222,9 @@ if (!is_turned) {
     queries[j] = raw[j].pieces[0];
   }
   if (fresh) {
-$norm    Piece whole = {};
-    if (8 * g < size) {
-      whole = part_of(8 * g);
-      if (c == 0) {
-        *(Piece*)(placed(rows, write, stride) + 8 * g) = whole;
-      }
+    const Piece whole = $new;
+    if (c == 0 && 8 * g < size) {
+      *(Piece*)(placed(rows, write, stride) + 8 * g) = whole;
     }
     UNROLL
     for (int r = 0; r < ROWS; ++r) {
@@ -183,27 +234,17 @@ $norm    Piece whole = {};
     }
     UNROLL
     for (int j = 0; j < 2; ++j) {
-      if (32 * j + 8 * c < size) {
-        Piece some = part_of(32 * j + 8 * c);
-        UNROLL
-        for (int n = 0; n < TILES; ++n) {
-          if (split * KEYS + 8 * n + g == write) {
-            k_tile[n][j] = some;
-          }
+      const Piece some = of_lane(whole, 16 * j + 4 * c);
+      UNROLL
+      for (int n = 0; n < TILES; ++n) {
+        if (split * KEYS + 8 * n + g == write) {
+          k_tile[n][j] = some;
         }
       }
     }
   }
 } else {
 $turn
-  Eight<T> raw_key[2];
-  UNROLL
-  for (int j = 0; j < 2; ++j) {
-    raw_key[j] = {};
-    if (fresh && 32 * j + 8 * c < size) {
-      raw_key[j].load(k_pe_from + 32 * j + 8 * c);
-    }
-  }
   _Pragma("unroll 1")
   for (bool is_key = false;; is_key = true) {
     float x[2][8];
@@ -240,17 +281,7 @@ $rope    if (!is_key) {
 }
 __syncwarp();
 """
-_NORM = """    const float by = reciprocal_norm<D>(k_from, lane, from_bits(EPS));
-    auto part_of = [&](int d) {
-      Eight<T> some;
-      some.load(k_from + low + d);
-      decltype(eight_of(k_weight)) weights;
-      weights.load(k_weights + low + d);
-      return scaled_eight(some, by, weights);
-    };
-"""
-_NO_NORM = """    auto part_of = [&](int d) { return taken(k_from + low + d); };
-"""
+_NORMED = "scaled_eight(raw_key[0], reciprocal_norm<D>(new_latent, from_bits(EPS)), weights)"
 
 _ATTEND = """
 float largest = -INFINITY, total = 0.0f;
@@ -345,26 +376,34 @@ for (bool begun = false;; begun = true) {
 }
 total += __shfl_xor_sync(0xffffffffu, total, 1);
 total += __shfl_xor_sync(0xffffffffu, total, 2);
+float4 fours[4];
+UNROLL
+for (int i = 0; i < 4; ++i) {
+  float four[4];
+  UNROLL
+  for (int e = 0; e < 4; ++e) {
+    const float* sum = out_sums[4 * (i % 2) + e];
+    four[e] = sum[i / 2] + sum[i / 2 + 2];
+  }
+  fours[i] = make_float4(four[0], four[1], four[2], four[3]);
+}
+exchanged(fours, c);  // so that lanes write to neighbours
 if (g < heads) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
-    float four[4];
-    UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const float* sum = out_sums[4 * (i % 2) + e];
-      four[e] = sum[i / 2] + sum[i / 2 + 2];
-    }
-    const float4 sum = make_float4(four[0], four[1], four[2], four[3]);
-    const int d = 16 * c + 4 * i;
+    const int d = 16 * i + 4 * c;
     if (d < value_size) {
 $write    }
   }
 $ends}
+}
 """
-_WRITE_WHOLE = """      write_four(out + (batch * SHARED + head + g) * D + low + d, sum, total);
+_WRITE_WHOLE = """      write_four(out + (batch * SHARED + head + g) * D + low + d, fours[i], total);
 """
 _WRITE_PART = """      float* to = sums + ((row * SPLITS + split) * HEADS + g) * (D + 4) + low + d;
-      *(float4*)to = sum;
+      *(float4*)to = fours[i];
+"""
+_GIVE = """      give(g, (low + d) / 4, fours[i], make_float2(largest, total));
 """
 _WRITE_ENDS = """  if (warp == 0 && c == 0) {
     float* to = sums + ((row * SPLITS + split) * HEADS + g) * (D + 4) + D;
@@ -438,15 +477,19 @@ for (int level = 0; level < 2; ++level) {
 """
 
 
-def header() -> str:
+def header(variant: Variant) -> str:
     """Return what stands before the kernel."""
-    return plain.header() + HEADER
+    return plain.header(variant) + HEADER
 
 
 def attention(variant: Variant) -> str:
     """Return the body of the kernel, for the forms "whole" and "joined"."""
     place = filled(
         _PLACE,
+        begin=clusters.BEGIN if variant.cluster > 1 else "",
+        leave=clusters.LEAVE if variant.cluster > 1 else plain.LEAVE,
+        weight_loads=_WEIGHT_LOADS if variant.k_norm else "",
+        frequencies=plain.frequencies(variant),
         weights=_WEIGHTS if variant.k_norm else "",
         weight_room=" + D * sizeof(*k_weight) / 16" if variant.k_norm else "",
         addresses=" | (size_t)k_weights" if variant.k_norm else "",
@@ -455,10 +498,13 @@ def attention(variant: Variant) -> str:
     )
     prepare = filled(
         _PREPARE,
-        norm=_NORM if variant.k_norm else _NO_NORM,
+        new=_NORMED if variant.k_norm else "raw_key[0].pieces[0]",
         turn=plain.turn(variant),
         rope=plain.rope(variant),
     )
+    if variant.cluster > 1:
+        attend = filled(_ATTEND, write=_GIVE, ends="")
+        return place + clusters.SHARES + prepare + attend + plain.collected(variant)
     joined = variant.form == "joined"
     attend = filled(
         _ATTEND,

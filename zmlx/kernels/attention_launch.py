@@ -8,6 +8,8 @@ from functools import cache
 
 import mlx.core as mx
 
+from zmlx.backend.capability import architecture
+from zmlx.backend.cuda.addresses import is_recording
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.kernels import (
@@ -16,6 +18,7 @@ from zmlx.kernels import (
     attention_source,
     attention_tensor_source,
 )
+from zmlx.kernels.attention_clusters import CLUSTER, FEW
 from zmlx.kernels.attention_latent_tensor_source import MOST_THREADS, SLICE
 from zmlx.kernels.attention_source import AHEAD, CHUNK, THREADS, Variant
 from zmlx.kernels.attention_tensor_source import WARPS
@@ -40,6 +43,8 @@ _LATENT_TILE = 32
 _TILES = 4
 #: Up to this capacity tiles are asked for before it is known which hold anything.
 _AT_ONCE = 1024
+#: Most elements there for which a block has room for what others of its cluster give it.
+_CLUSTER_SIZE = 128
 #: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
 _COUNTERS_OF_A_ROW = 17
 #: Counters that are made, which is enough for most; small arrays would lie in memory of the host.
@@ -66,6 +71,7 @@ class Layout:
         tile: positions that a warp, or for latents a block, has at a time on CUDA's tensor cores;
             0 elsewhere.
         at_once: the first tiles are read without waiting for the state.
+        cluster: threadgroups along the positions that are a cluster, 1 without clusters.
     """
 
     batch: int
@@ -82,6 +88,7 @@ class Layout:
     state_step: int
     tile: int = 0
     at_once: bool = False
+    cluster: int = 1
 
     @classmethod
     def of(
@@ -95,8 +102,9 @@ class Layout:
         window: int | None = None,
         splits: int | None = None,
         tensor: bool = False,
+        clusters: bool = False,
     ) -> Layout:
-        """Lay out a call, for CUDA's tensor cores if `tensor`.
+        """Lay out a call, for CUDA's tensor cores if `tensor`, and there in clusters if `clusters`.
 
         Raises:
             ValueError: `splits` or `window` is out of range.
@@ -112,17 +120,20 @@ class Layout:
         seen = min(room, window or room)
         tile = _tile(seen, max(size, value_size), rope_size) if tensor else 0
         least = tile or LEAST
+        clusters &= rope_size > 0 or max(size, value_size) <= _CLUSTER_SIZE
         if splits is None:
             least = (2 if rope_size else _TILES) * tile or LEAST
-            splits = max(1, THREADGROUPS // (batch * kv_heads * groups))
+            splits = min(THREADGROUPS // (batch * kv_heads * groups), -(-seen // least))
+            splits = max(1, _in_clusters(splits) if clusters else splits)
         elif not 1 <= splits <= CHUNK - 2:
             raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
+        splits = min(splits, -(-seen // least))
         return cls(
             batch=batch,
             kv_heads=kv_heads,
             shared=shared,
             heads=heads,
-            splits=min(splits, -(-seen // least)),
+            splits=splits,
             size=size,
             value_size=value_size,
             rope_size=rope_size,
@@ -132,6 +143,7 @@ class Layout:
             state_step=0 if state.ndim == 1 else 3,
             tile=tile,
             at_once=tensor and not window and room <= _AT_ONCE,
+            cluster=_cluster(splits) if clusters else 1,
         )
 
     @property
@@ -162,7 +174,7 @@ class Layout:
     @property
     def sums(self) -> tuple[int, ...]:
         """Shape of the parts: sums over values, the maximum, the sum of weights, two unused."""
-        return self.rows, self.splits, self.heads, self.value_size + 4
+        return self.rows, self.splits // self.cluster, self.heads, self.value_size + 4
 
     @property
     def threads(self) -> int:
@@ -193,6 +205,7 @@ class Layout:
     def _tensor_numbers(self) -> dict[str, int]:
         return {
             **({"E": self.rope_size} if self.rope_size else {"WARPS": WARPS}),
+            **({"CLUSTER": self.cluster} if self.cluster > 1 else {}),
             "KEYS": self.tile,
             "AT_ONCE": int(self.at_once),
             "BATCHED": int(self.batch > 1),
@@ -235,7 +248,7 @@ class Layout:
 
     def form(self, backend: str) -> str:
         """Return which form of the source a backend runs (`Variant.form`)."""
-        if self.splits == 1:
+        if self.splits == self.cluster:
             return "whole"
         return "joined" if backend == "cuda" else "parts"
 
@@ -295,6 +308,15 @@ def launched(
     return out
 
 
+def may_cluster() -> bool:
+    """Whether launches on CUDA may be of clusters of blocks: in recordings, from 9.0 on.
+
+    MLX gives graphs that it has built other kernels later, and an update of CUDA's may leave a node
+    with the clusters of the kernel before.
+    """
+    return is_recording() and architecture() >= 90
+
+
 def fits_tensor_cores(
     q: mx.array,
     keys: mx.array,
@@ -338,6 +360,18 @@ def _tile(positions: int, size: int, rope_size: int) -> int:
     return 32 if positions > _AT_ONCE and size <= 64 else 16
 
 
+def _in_clusters(splits: int) -> int:
+    """Return the most blocks, no more than `splits`, that are clusters."""
+    return next((n for n in range(splits, 1, -1) if _cluster(n) > 1), 1)
+
+
+def _cluster(splits: int) -> int:
+    """Return how many of so many blocks are a cluster, 1 if they are none."""
+    if splits <= CLUSTER:
+        return splits if splits == _power_of_two(splits) else 1
+    return FEW if splits % FEW == 0 else 1
+
+
 def _lanes(vectors: int) -> tuple[int, int]:
     """Return how many lanes read a row of so many vectors, and how many vectors each reads."""
     lanes = min(SIMD, _power_of_two(vectors))
@@ -358,7 +392,11 @@ def _definition(variant: Variant) -> Definition:
         # Nine warps: one of the four parts of a multiprocessor has registers for three of them.
         threads = MOST_THREADS if variant.latent else 0
         body = CudaBody(
-            tensor.attention(variant), tensor.header(), architecture=80, threads=threads
+            tensor.attention(variant),
+            tensor.header(variant),
+            architecture=90 if variant.cluster > 1 else 80,
+            cluster=variant.cluster,
+            threads=threads,
         )
     return Definition(
         name="decode_attention_latent" if variant.latent else "decode_attention",

@@ -117,8 +117,11 @@ class Variant:
         after: there is an input that only orders.
         form: "whole" when a threadgroup has all positions and writes the result, "parts" when it
             writes sums over a part, "joined" when the last threadgroup of a row adds them up too.
+            What is said of a threadgroup holds of a cluster, where there are clusters.
         latent: values are the keys, and a part of queries and keys that is rotated lies apart.
         tensor: the text for CUDA's tensor cores runs (`attention_tensor_source`).
+        cluster: threadgroups along the positions that are a cluster (`attention_clusters`), 1 where
+            there are none; in the forms "whole" and "joined" for tensor cores.
     """
 
     q_norm: bool
@@ -130,6 +133,7 @@ class Variant:
     form: str
     latent: bool = False
     tensor: bool = False
+    cluster: int = 1
 
     @property
     def inputs(self) -> tuple[str, ...]:

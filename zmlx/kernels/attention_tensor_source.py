@@ -8,13 +8,15 @@ place of the 8 rows that the queries leave free. So nothing of float32 is lost t
 
 Keys and values go from memory to registers, 16 bytes a lane, in the order of the products: which
 positions or elements a product calls its first and second is free as long as both factors agree.
-They are asked for before all else, as far as it is known where they lie: norms, rope and the state
-of the sequence are worked on while they come. The sums of warps meet once, in shared memory; those
-of blocks in device memory, where the last block adds them up.
+They are asked for before all else, as far as it is known where they lie, and so is what is new:
+norms, rope and the state of the sequence are worked on while they come. The sums of warps meet
+once, in shared memory; those of blocks in the shared memory of a cluster (`attention_clusters`), or
+in device memory, where the last block adds them up.
 """
 
 from __future__ import annotations
 
+from zmlx.kernels import attention_clusters as clusters
 from zmlx.kernels.attention_source import Variant, filled
 
 #: Warps of a block: with 255 registers a thread they fill a multiprocessor.
@@ -286,6 +288,24 @@ inline float4 plus(float4 a, float weight, float4 b) {
   return make_float4(fmaf(weight, b.x, a.x), fmaf(weight, b.y, a.y), fmaf(weight, b.z, a.z),
                      fmaf(weight, b.w, a.w));
 }
+// Adds up the sums of parts; of `ends` each has its maximum and the sum of its weights, and so has
+// `all` afterwards.
+template <int N>
+inline float4 added(const float4 (&some)[N], const float2 (&ends)[N], float2& all) {
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  all = make_float2(-INFINITY, 0.0f);
+  UNROLL
+  for (int n = 0; n < N; ++n) {
+    all.x = fmaxf(all.x, ends[n].x);
+  }
+  UNROLL
+  for (int n = 0; n < N; ++n) {
+    float weight = power_of_two(ends[n].x - all.x);
+    all.y = fmaf(weight, ends[n].y, all.y);
+    sum = plus(sum, weight, some[n]);
+  }
+  return sum;
+}
 template <typename T>
 inline void write_four(T* to, float4 sum, float all) {
   float by = 1.0f / all;
@@ -299,7 +319,7 @@ using namespace attention;
 """
 
 PLACE = """
-constexpr int THREADS = WARPS * 32;
+${begin}constexpr int THREADS = WARPS * 32;
 constexpr int K_PIECES = (D + 31) / 32, V_PIECES = (DV + 63) / 64;
 constexpr int TILES = KEYS / 8, ROWS = KEYS / 4;
 constexpr int LINE = DV / 4 + 2;  // so that rows of sums do not begin in the same bank
@@ -328,7 +348,7 @@ $copies  __syncthreads();
 // Rows of the products without a query of their own take another's.
 Eight<T> raw[K_PIECES];
 load_head<D>(raw, placed(q_from, min(g, heads - 1), q_stride), c);
-$weight_loads
+$weight_loads$frequencies
 T* const key_rows = (T*)keys + batch * keys_strides[0] + kv * keys_strides[1];
 T* const value_rows = (T*)values + batch * values_strides[0] + kv * values_strides[1];
 const int key_stride = keys_strides[2], value_stride = values_strides[2];
@@ -339,18 +359,28 @@ if (AT_ONCE && tile * KEYS <= last_row) {
   fetch_keys<D>(k_tile, key_rows, key_stride, tile * KEYS, last_row, g, c);
   fetch_values<DV>(v_tile, value_rows, value_stride, tile * KEYS, last_row, g, c);
 }
+// Only one warp needs what is new, but it is not known yet which.
+Eight<T> raw_key[K_PIECES], raw_value[V_PIECES];
+load_head<D>(raw_key, k_from, c);
+${key_weight_loads}UNROLL
+for (int j = 0; j < V_PIECES; ++j) {
+  if (DV % 64 == 0 || 64 * j + 8 * g < DV) {
+    raw_value[j].load(v_from + 64 * j + 8 * g);
+  }
+}
 const bool dense = keys_strides[3] == 1 && values_strides[3] == 1;
 const float scale = dense ? from_bits(SCALE) * 1.44269504f : from_bits(0x7fc00000u);
 const int first = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
 const int first_tile = first / KEYS, end_tile = (length + KEYS - 1) / KEYS;
 const int tiles = end_tile - first_tile;
-if (split >= tiles) {
-  return;
-}
-tile += first_tile;
+${leave}tile += first_tile;
 __shared__ float4 meeting[WARPS * HEADS * LINE];
 __shared__ float2 totals[WARPS * HEADS];
 $directions"""
+LEAVE = """if (split >= tiles) {
+  return;
+}
+"""
 HEADS_ROOM = "((HEADS + 1) * D + DV) / 8"
 WEIGHTS = """const auto* ${x}_weights = ${x}_weight;
 """
@@ -375,17 +405,6 @@ if (!AT_ONCE) {
 }
 const int its_tile = write / KEYS - tile;
 const bool fresh = its_tile >= 0 && its_tile % (WARPS * SPLITS) == 0 && write < length;
-Eight<T> raw_key[K_PIECES], raw_value[V_PIECES];
-$key_weights
-if (fresh) {
-  load_head<D>(raw_key, k_from, c);
-$key_weight_loads  UNROLL
-  for (int j = 0; j < V_PIECES; ++j) {
-    if (DV % 64 == 0 || 64 * j + 8 * g < DV) {
-      raw_value[j].load(v_from + 64 * j + 8 * g);
-    }
-  }
-}
 $turn
 Piece queries[K_PIECES];
 _Pragma("unroll 1")
@@ -437,9 +456,8 @@ $key_weight_moves    }
   break;
 }
 """
-KEY_WEIGHTS = """decltype(eight_of(k_weight)) key_weights[K_PIECES];
-"""
-KEY_WEIGHT_LOADS = """  load_head<D>(key_weights, k_weights, c);
+KEY_WEIGHT_LOADS = """decltype(eight_of(k_weight)) key_weights[K_PIECES];
+load_head<D>(key_weights, k_weights, c);
 """
 KEY_WEIGHT_MOVES = """      weights[j] = key_weights[j];
 """
@@ -456,8 +474,15 @@ TURN = """{
 }"""
 INVERSE = {
     "base": "exp2f(-(float(i) / float(DIMS / 2)) * from_bits(BASE))",
-    "freqs": "(1.0f / float(freqs[i * freqs_strides[0]]))",
+    "freqs": "(1.0f / frequencies[from / 32])",
 }
+FREQUENCIES = """
+float frequencies[(DIMS / 2 + 31) / 32];
+UNROLL
+for (int n = 0; n < (DIMS / 2 + 31) / 32; ++n) {
+  const int i = min(32 * n + lane, DIMS / 2 - 1);
+  frequencies[n] = float(freqs[i * freqs_strides[0]]);
+}"""
 NORM = """  if ($condition) {
     normed<D, T>(x, weights, from_bits(EPS));
   }
@@ -615,11 +640,10 @@ if (g < HEADS) {
 }
 __syncthreads();
 const int active = min(WARPS, (tiles - split + SPLITS - 1) / SPLITS);
-for (int i = thread; i < heads * (DV / 4); i += THREADS) {
+${shares}for (int i = thread; i < (active > 0 ? heads * (DV / 4) : 0); i += THREADS) {
   const int h = i / (DV / 4), f = i % (DV / 4);
   float2 ends[WARPS];
   float4 some[WARPS];
-  float peak = -INFINITY, all = 0.0f;
   UNROLL
   for (int w = 0; w < WARPS; ++w) {
     ends[w] = make_float2(-INFINITY, 0.0f);
@@ -628,32 +652,29 @@ for (int i = thread; i < heads * (DV / 4); i += THREADS) {
       ends[w] = totals[w * HEADS + h];
       some[w] = meeting[(w * HEADS + h) * LINE + (f ^ (f / 8 & 1))];
     }
-    peak = fmaxf(peak, ends[w].x);
   }
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  UNROLL
-  for (int w = 0; w < WARPS; ++w) {
-    float weight = power_of_two(ends[w].x - peak);
-    all = fmaf(weight, ends[w].y, all);
-    sum = plus(sum, weight, some[w]);
-  }
+  float2 all;
+  const float4 sum = added(some, ends, all);
 $write}
 """
-WRITE_WHOLE = """  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, sum, all);
+WRITE_WHOLE = """  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, sum, all.y);
 """
 WRITE_PART = """  float* to = sums + ((row * SPLITS + split) * HEADS + h) * (DV + 4);
   *(float4*)(to + 4 * f) = sum;
   if (f == 0) {
-    *(float2*)(to + DV) = make_float2(peak, all);
+    *(float2*)(to + DV) = all;
   }
+"""
+GIVE = """  give(h, f, sum, all);
 """
 # As many parts at a time as there are registers for.
 JOIN = """
-const int parts = min(SPLITS, tiles);
+constexpr int PARTS = $most;
+const int parts = $parts;
 __shared__ bool is_last;
 __syncthreads();
 if (thread == 0) {
-  int* counter = (int*)counters + row * COUNTERS;
+  int* counter = (int*)counters + row * COUNTERS$counter;
   is_last = counted(counter) == parts - 1;
   if (is_last) {
     *counter = 0;
@@ -663,10 +684,10 @@ __syncthreads();
 if (!is_last) {
   return;
 }
-constexpr int ROUNDS = (SPLITS + 11) / 12, TOGETHER = (SPLITS + ROUNDS - 1) / ROUNDS;
-for (int i = thread; i < heads * (DV / 4); i += THREADS) {
+constexpr int ROUNDS = (PARTS + 11) / 12, TOGETHER = (PARTS + ROUNDS - 1) / ROUNDS;
+for (int i = $low + thread; i < $high; i += THREADS) {
   const int h = i / (DV / 4), f = i % (DV / 4);
-  const float* from = sums + (row * SPLITS * HEADS + h) * (DV + 4);
+  const float* from = sums + (row * PARTS * HEADS + h) * (DV + 4);
   float peak = -INFINITY, all = 0.0f;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   for (int s = 0; s < parts; s += TOGETHER) {
@@ -699,9 +720,14 @@ for (int i = thread; i < heads * (DV / 4); i += THREADS) {
 """
 
 
-def header() -> str:
+def header(variant: Variant) -> str:
     """Return what stands before the kernel."""
-    return PRIMITIVES + HEADER
+    return PRIMITIVES + (clusters.PRIMITIVES if variant.cluster > 1 else "") + HEADER
+
+
+def frequencies(variant: Variant) -> str:
+    """Return what asks for the frequencies of a rope that has them in an array."""
+    return FREQUENCIES if variant.rope == "freqs" else ""
 
 
 def turn(variant: Variant) -> str:
@@ -719,8 +745,13 @@ def attention(variant: Variant) -> str:
     norms = [x for x, there in (("q", variant.q_norm), ("k", variant.k_norm)) if there]
     rooms = [f" + D * sizeof(*{x}_weight) / 16" for x in norms]
     at = [HEADS_ROOM + "".join(rooms[:i]) for i in range(len(norms))]
+    both = len(norms) == 2
     place = filled(
         PLACE,
+        begin=clusters.BEGIN if variant.cluster > 1 else "",
+        leave=clusters.LEAVE if variant.cluster > 1 else LEAVE,
+        frequencies=frequencies(variant),
+        key_weight_loads=KEY_WEIGHT_LOADS if both else "",
         heads_room=HEADS_ROOM,
         weight_room="".join(rooms),
         weights="".join(filled(WEIGHTS, x=x) for x in norms),
@@ -729,18 +760,31 @@ def attention(variant: Variant) -> str:
         weight_loads=filled(WEIGHT_LOADS, x=norms[0]) if norms else "",
         directions=DIRECTIONS if variant.rope else "",
     )
-    both = len(norms) == 2
     conditions = {"qk": "true", "q": "!is_key", "k": "is_key"}
     prepare = filled(
         PREPARE,
-        key_weights=KEY_WEIGHTS if both else "",
-        key_weight_loads=KEY_WEIGHT_LOADS if both else "",
         key_weight_moves=KEY_WEIGHT_MOVES if both else "",
         turn=turn(variant),
         norm=filled(NORM, condition=conditions["".join(norms)]) if norms else "",
         rope=rope(variant),
     )
     attend = filled(ATTEND, sinks=SINKS if variant.sinks else "")
+    return place + prepare + attend + _ending(variant)
+
+
+def _ending(variant: Variant) -> str:
     joined = variant.form == "joined"
-    meet = filled(MEET, write=WRITE_PART if joined else WRITE_WHOLE)
-    return place + prepare + attend + meet + (JOIN if joined else "")
+    if variant.cluster > 1:
+        return filled(MEET, shares=clusters.SHARES, write=GIVE) + collected(variant)
+    if not joined:
+        return filled(MEET, shares="", write=WRITE_WHOLE)
+    alone = {"most": "SPLITS", "parts": "min(SPLITS, tiles)", "counter": ""}
+    join = filled(JOIN, **alone, low="0", high="heads * (DV / 4)")
+    return filled(MEET, shares="", write=WRITE_PART) + join
+
+
+def collected(variant: Variant) -> str:
+    """Return what becomes of the sums that blocks of a cluster gave each other."""
+    if variant.form == "whole":
+        return filled(clusters.COLLECT, write=WRITE_WHOLE)
+    return filled(clusters.COLLECT, write=clusters.WRITE_PART) + filled(JOIN, **clusters.JOINED)

@@ -134,6 +134,11 @@ def run_of(kernel: Kernel) -> Callable[..., Any]:
     return kernel.run if through is None else through(kernel)
 
 
+def is_recording() -> bool:
+    """Return whether launches of this thread are described, for a graph of our own, not run."""
+    return _IN_FORCE.through is not None
+
+
 @contextmanager
 def in_force(addresses: Addresses, through: Through | None = None) -> Iterator[None]:
     """Let launches of this thread take the arrays by address until the block ends.

@@ -14,8 +14,8 @@ from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
 from zmlx.backend.definition import CudaBody, Definition, Launch, Template
 
-#: MLX writes the kernel's signature, and has no place for bounds in it.
-_BOUNDED = "#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({})\n"
+#: MLX writes the kernel's signature, and has no place in it for what the compiler has to know.
+_GLOBAL = "#undef __global__\n#define __global__ __attribute__((global)){}\n"
 
 
 def own_body(definition: Definition) -> CudaBody | None:
@@ -26,9 +26,10 @@ def own_body(definition: Definition) -> CudaBody | None:
 
 def own_source(definition: Definition, body: CudaBody) -> CudaSource:
     """Return the text of a kernel with a body of its own."""
-    header = body.header
-    if body.threads:
-        header = _BOUNDED.format(body.threads) + header
+    bounds = f" __launch_bounds__({body.threads})" if body.threads else ""
+    if body.cluster > 1:
+        bounds += f" __cluster_dims__({body.cluster}, 1, 1)"
+    header = (_GLOBAL.format(bounds) if bounds else "") + body.header
     return CudaSource(header, body.source, definition.input_names)
 
 
