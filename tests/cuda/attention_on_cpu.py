@@ -42,10 +42,26 @@ inline float from_bits(unsigned x) { return std::bit_cast<float>(x); }
 CLUSTERS_ON_CPU = """
 #define BLOCKS_OF_A_CLUSTER %s
 namespace attention {
-inline void come() { come_to_cluster(); }
+struct Barrier { int arrivals, bytes; };
+inline void begin(uint64_t* barrier) {
+  if (threadIdx.x == 0) {
+    *(Barrier*)barrier = {1, 0};
+  }
+  come_to_cluster();
+}
 inline void meet() { meet_cluster(); }
 template <typename X>
-X* of_block(X* variable, int block) { return in_block(variable, block); }
+void give_to(X* variable, uint64_t* barrier, int block, X x) {
+  *in_block(variable, block) = x;
+  ((Barrier*)in_block(barrier, block))->bytes -= sizeof(X);
+}
+inline void expect(uint64_t* barrier, int bytes) {
+  ((Barrier*)barrier)->arrivals -= 1;
+  ((Barrier*)barrier)->bytes += bytes;
+}
+inline void wait_for_all(uint64_t* barrier) {
+  wait_until([&] { return ((Barrier*)barrier)->arrivals == 0 && ((Barrier*)barrier)->bytes == 0; });
+}
 }
 """
 

@@ -245,6 +245,14 @@ inline void meet_cluster() {
   seen = -1;
   ++here->events;
 }
+// Waits for something that other blocks do.
+template <typename Condition>
+void wait_until(Condition is_so) {
+  while (!is_so()) {
+    yield_fiber();
+  }
+  ++here->events;
+}
 // A variable in the shared memory of another block, which must have begun, and not ended.
 template <typename X>
 X* in_block(X* variable, unsigned block) {

@@ -388,7 +388,7 @@ for (int i = 0; i < 4; ++i) {
   fours[i] = make_float4(four[0], four[1], four[2], four[3]);
 }
 exchanged(fours, c);  // so that lanes write to neighbours
-if (g < heads) {
+${meet}if (g < heads) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
     const int d = 16 * i + 4 * c;
@@ -398,7 +398,13 @@ $write    }
 $ends}
 }
 """
-_WRITE_WHOLE = """      write_four(out + (batch * SHARED + head + g) * D + low + d, fours[i], total);
+# Threads of a block without positions meet the others all the same.
+_MEET_ANYWAY = """else {
+  meet();
+}
+"""
+_WRITE_WHOLE = """      const int of_head = batch * SHARED + head + g;
+      write_four(out + of_head * D + low + d, fours[i], total);
 """
 _WRITE_PART = """      float* to = sums + ((row * SPLITS + split) * HEADS + g) * (D + 4) + low + d;
       *(float4*)to = fours[i];
@@ -487,7 +493,7 @@ def attention(variant: Variant) -> str:
     place = filled(
         _PLACE,
         begin=clusters.BEGIN if variant.cluster > 1 else "",
-        leave=clusters.LEAVE if variant.cluster > 1 else plain.LEAVE,
+        leave=plain.leave(variant),
         weight_loads=_WEIGHT_LOADS if variant.k_norm else "",
         frequencies=plain.frequencies(variant),
         weights=_WEIGHTS if variant.k_norm else "",
@@ -503,11 +509,12 @@ def attention(variant: Variant) -> str:
         rope=plain.rope(variant),
     )
     if variant.cluster > 1:
-        attend = filled(_ATTEND, write=_GIVE, ends="")
+        attend = filled(_ATTEND, meet=clusters.MEET, write=_GIVE, ends="") + _MEET_ANYWAY
         return place + clusters.SHARES + prepare + attend + plain.collected(variant)
     joined = variant.form == "joined"
     attend = filled(
         _ATTEND,
+        meet="",
         write=_WRITE_PART if joined else _WRITE_WHOLE,
         ends=_WRITE_ENDS if joined else "",
     )

@@ -657,7 +657,8 @@ ${shares}for (int i = thread; i < (active > 0 ? heads * (DV / 4) : 0); i += THRE
   const float4 sum = added(some, ends, all);
 $write}
 """
-WRITE_WHOLE = """  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, sum, all.y);
+WRITE_WHOLE = """  const int of_head = batch * KV_HEADS * SHARED + head + h;
+  write_four(out + of_head * DV + 4 * f, sum, all.y);
 """
 WRITE_PART = """  float* to = sums + ((row * SPLITS + split) * HEADS + h) * (DV + 4);
   *(float4*)(to + 4 * f) = sum;
@@ -725,6 +726,13 @@ def header(variant: Variant) -> str:
     return PRIMITIVES + (clusters.PRIMITIVES if variant.cluster > 1 else "") + HEADER
 
 
+def leave(variant: Variant) -> str:
+    """Return what blocks do that have no positions."""
+    if variant.cluster > 1:  # alone a cluster has some, and all its blocks stay
+        return clusters.LEAVE if variant.form == "joined" else ""
+    return LEAVE
+
+
 def frequencies(variant: Variant) -> str:
     """Return what asks for the frequencies of a rope that has them in an array."""
     return FREQUENCIES if variant.rope == "freqs" else ""
@@ -749,7 +757,7 @@ def attention(variant: Variant) -> str:
     place = filled(
         PLACE,
         begin=clusters.BEGIN if variant.cluster > 1 else "",
-        leave=clusters.LEAVE if variant.cluster > 1 else LEAVE,
+        leave=leave(variant),
         frequencies=frequencies(variant),
         key_weight_loads=KEY_WEIGHT_LOADS if both else "",
         heads_room=HEADS_ROOM,
@@ -775,7 +783,8 @@ def attention(variant: Variant) -> str:
 def _ending(variant: Variant) -> str:
     joined = variant.form == "joined"
     if variant.cluster > 1:
-        return filled(MEET, shares=clusters.SHARES, write=GIVE) + collected(variant)
+        shares = clusters.SHARES + clusters.MEET
+        return filled(MEET, shares=shares, write=GIVE) + collected(variant)
     if not joined:
         return filled(MEET, shares="", write=WRITE_WHOLE)
     alone = {"most": "SPLITS", "parts": "min(SPLITS, tiles)", "counter": ""}
