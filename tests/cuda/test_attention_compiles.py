@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from nvrtc_program import compile_program, is_missing, registers
@@ -50,10 +53,18 @@ def test_it_compiles_for_tensor_cores(name, dtype, architecture, programs, monke
     check(programs, architecture)
 
 
-def launch_all(dtype, options, monkeypatch, *, tensor):
+@pytest.mark.parametrize("name", ["norms", "gpt-oss"])
+def test_it_compiles_in_clusters(name, programs, monkeypatch):  # noqa: F811
+    launch_all(mx.bfloat16, OPTIONS[name], monkeypatch, tensor=True, clusters=True)
+    check(programs)
+    assert all("__cluster_dims__(" in whole(header) for header in programs)
+
+
+def launch_all(dtype, options, monkeypatch, *, tensor, clusters=False):
     monkeypatch.setattr(plain, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(plain, "has_tensor_cores", lambda: tensor)
-    for splits in (1, 4):
+    monkeypatch.setattr(plain, "may_cluster", lambda: clusters)
+    for splits in (4, 16) if clusters else (1, 4):
         q, k, keys = (mx.zeros(s, dtype) for s in ((1, 16, 64), (1, 2, 64), (1, 2, 300, 64)))
         decode_attention(
             q, k, k, keys, keys, mx.zeros(3, mx.int32), scale=1.0, splits=splits, **options
@@ -74,32 +85,66 @@ def test_it_compiles_for_latents_on_tensor_cores(dtype, architecture, programs, 
     check(programs, architecture)
 
 
-def test_blocks_find_their_registers(programs, monkeypatch):  # noqa: F811
+def test_it_compiles_for_latents_in_clusters(programs, monkeypatch):  # noqa: F811
+    launch_latent(mx.bfloat16, monkeypatch, tensor=True, clusters=True)
+    check(programs)
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_blocks_find_their_registers(clusters, programs, monkeypatch):  # noqa: F811
     """MLX says nothing of a block's threads to the compiler, and a launch of too many fails.
 
     A multiprocessor has four parts with 16,384 registers each, and a block's warps are dealt out.
     """
-    launch_latent(mx.bfloat16, monkeypatch, tensor=True)
+    launch_latent(mx.bfloat16, monkeypatch, tensor=True, clusters=clusters)
     for header, bodies in programs.items():
         for k, text in enumerate(bodies):
             [used] = registers(header, text.replace("_CASE(", f"_{k}("))
             assert -(-9 // 4) * 32 * -(-used // 8) * 8 <= 16384
 
 
-def launch_latent(dtype, monkeypatch, *, tensor):
+@pytest.mark.parametrize("weight", [mx.bfloat16, mx.float32], ids=str)
+def test_blocks_of_clusters_find_their_shared_memory(weight, programs, monkeypatch):  # noqa: F811
+    """The most heads of the most elements, which have no more than 48 KB to begin with."""
+    for module in (plain, latent):
+        monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
+        monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
+        monkeypatch.setattr(module, "may_cluster", lambda: True)
+    ones, at = {n: mx.ones(n, weight) for n in (128, 512)}, mx.zeros(3, mx.int32)
+    q, k, keys = (mx.zeros(s, mx.bfloat16) for s in ((1, 8, 128), (1, 1, 128), (1, 1, 512, 128)))
+    norms = {"q_norm": ones[128], "k_norm": ones[128], "rope": Rope(128, traditional=True)}
+    decode_attention(q, k, k, keys, keys, at, scale=1.0, **norms)
+    rope = Rope(64, traditional=True)
+    arrays = latent_arrays(mx.bfloat16, heads=8, capacity=512)
+    decode_attention_latent(*arrays, at, scale=1.0, norm=ones[512], rope=rope)
+    assert all("__cluster_dims__(8, 1, 1)" in whole(header) for header in programs)
+    check(programs)
+
+
+def latent_arrays(dtype, heads=20, capacity=300):
+    sizes = ((1, heads, 512), (1, heads, 64), (1, 512), (1, 64))
+    caches = ((1, 1, capacity, 512), (1, 1, capacity, 64))
+    return [mx.zeros(size, dtype) for size in (*sizes, *caches)]
+
+
+def launch_latent(dtype, monkeypatch, *, tensor, clusters=False):
     monkeypatch.setattr(latent, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(latent, "has_tensor_cores", lambda: tensor)
-    sizes = ((1, 20, 512), (1, 20, 64), (1, 512), (1, 64), (1, 1, 300, 512), (1, 1, 300, 64))
-    arrays = [mx.zeros(size, dtype) for size in sizes]
-    for splits in (1, 4):
+    monkeypatch.setattr(latent, "may_cluster", lambda: clusters)
+    for splits in (4, 16) if clusters else (1, 4):
         decode_attention_latent(
-            *arrays,
+            *latent_arrays(dtype),
             mx.zeros(3, mx.int32),
             scale=1.0,
             norm=mx.ones(512),
             rope=Rope(64, traditional=True),
             splits=splits,
         )
+
+
+def whole(header):
+    """Return a header with what it includes."""
+    return "".join(Path(file).read_text() for file in re.findall(r'#include "(.*)"', header))
 
 
 def check(programs, architecture="sm_90a"):  # noqa: F811
