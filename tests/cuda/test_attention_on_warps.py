@@ -173,6 +173,39 @@ def test_rows_with_gaps_give_nan():
         assert mx.all(mx.isnan(out)).item()
 
 
+@pytest.mark.parametrize(
+    ("capacity", "size", "splits", "found"),
+    [
+        (512, 128, None, (8, 8, "whole")),
+        (200, 64, None, (4, 4, "whole")),
+        (60, 64, None, (1, 1, "whole")),
+        (8704, 128, None, (64, 4, "joined")),
+        (8704, 128, 30, (30, 1, "joined")),
+        (8704, 128, 12, (12, 4, "joined")),
+        (512, 128, 2, (2, 2, "whole")),
+        (512, 128, 3, (3, 1, "joined")),
+        (512, 192, None, (8, 1, "joined")),
+    ],
+)
+def test_which_blocks_are_clusters(capacity, size, splits, found):
+    q, _, _, keys, _ = arrays(2, 8, 1, size, capacity=capacity, dtype=BF16)
+    layout = Layout.of(q, keys, size // 2, state(0), splits=splits, tensor=True, clusters=True)
+    assert (layout.splits, layout.cluster, layout.form("cuda")) == found
+    alone = Layout.of(q, keys, size // 2, state(0), splits=splits, tensor=True)
+    assert alone.cluster == 1
+
+
+@pytest.mark.parametrize(("architecture", "may"), [(89, False), (90, True)])
+def test_only_recordings_have_clusters(architecture, may, monkeypatch):
+    monkeypatch.setattr(attention_launch, "architecture", lambda: architecture)
+    nothing = Addresses([])
+    with in_force(nothing, lambda kernel: kernel.run):
+        assert attention_launch.may_cluster() == may
+    with in_force(nothing):
+        assert not attention_launch.may_cluster()
+    assert not attention_launch.may_cluster()
+
+
 def test_scores_that_overflow_an_exponential():
     q, k, v, keys, values = arrays(capacity=300, dtype=BF16)
     check((30 * q, k, v, 30 * keys, values), state(280), scale=1.0)
@@ -218,36 +251,3 @@ def test_what_it_takes(case, takes, monkeypatch):
     given = arrays(dtype=options.pop("dtype", BF16), size=options.pop("size", 64))
     decode_attention(*given, state(3), scale=1.0, **options)
     assert {header.startswith(PRIMITIVES) for header in headers} == {takes}
-
-
-@pytest.mark.parametrize(
-    ("capacity", "size", "splits", "found"),
-    [
-        (512, 128, None, (8, 8, "whole")),
-        (200, 64, None, (4, 4, "whole")),
-        (60, 64, None, (1, 1, "whole")),
-        (8704, 128, None, (64, 4, "joined")),
-        (8704, 128, 30, (30, 1, "joined")),
-        (8704, 128, 12, (12, 4, "joined")),
-        (512, 128, 2, (2, 2, "whole")),
-        (512, 128, 3, (3, 1, "joined")),
-        (512, 192, None, (8, 1, "joined")),
-    ],
-)
-def test_which_blocks_are_clusters(capacity, size, splits, found):
-    q, _, _, keys, _ = arrays(2, 8, 1, size, capacity=capacity, dtype=BF16)
-    layout = Layout.of(q, keys, size // 2, state(0), splits=splits, tensor=True, clusters=True)
-    assert (layout.splits, layout.cluster, layout.form("cuda")) == found
-    alone = Layout.of(q, keys, size // 2, state(0), splits=splits, tensor=True)
-    assert alone.cluster == 1
-
-
-@pytest.mark.parametrize(("architecture", "may"), [(89, False), (90, True)])
-def test_only_recordings_have_clusters(architecture, may, monkeypatch):
-    monkeypatch.setattr(attention_launch, "architecture", lambda: architecture)
-    nothing = Addresses([])
-    with in_force(nothing, lambda kernel: kernel.run):
-        assert attention_launch.may_cluster() == may
-    with in_force(nothing):
-        assert not attention_launch.may_cluster()
-    assert not attention_launch.may_cluster()
