@@ -1,7 +1,8 @@
 """Runs kernels written for CUDA by hand on the CPU: blocks of fibers, checked by a sanitizer.
 
 The texts are those that NVIDIA's compiler gets, but for the instructions in `machine.cuh`, which
-stand in `block/machine.cuh` as the manual describes them.
+stand in `block/machine.cuh` as the manual describes them. What a body does not read early is there
+only when it has waited for earlier kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from nvrtc_program import DTYPES, assemble
 
 from zmlx.backend.cuda import CudaSource
+from zmlx.backend.cuda.source import WAIT
 from zmlx.backend.definition import Definition
 
 _HERE = Path(__file__).with_name("block")
@@ -31,16 +33,19 @@ int main(int, char** sizes) {{
     for (unsigned x = 0; x < {gx}; ++x) {{
       static void (*const call)() = [] {{ mlx::core::cu::custom_kernel_K({names}); }};
       block::kernel = call;
+      block::take_away();
       block::run({threads}, {{x, y, 0}}, {seed}u + 977 * x + y);
     }}
   }}
+  if (block::waited != {gx} * {gy} * {threads}) block::fail("threads did not wait once", "the end");
   {stores}
 }}
 """
 _LOAD = (
     "{{ size_t n = std::atol(sizes[{i}]); char* p = new char[n + {shift}] + {shift}; "
-    "if (std::fread(p, 1, n, stdin) != n) return 2; g{i} = (decltype(g{i}))p; }}"
+    "if (std::fread(p, 1, n, stdin) != n) return 2; g{i} = (decltype(g{i}))p; {late} }}"
 )
+_LATE = "block::late.push_back({p, {p, p + n}});"
 _STORE = "std::fwrite(g{i}, 1, std::atol(sizes[{i}]), stdout);"
 
 
@@ -110,15 +115,23 @@ class Block:
         header = re.sub(r'#include "(.*)"', self._copied, body.header)
         kernel = assemble(
             "K",
-            CudaSource(header, body.source, definition.input_names),
+            CudaSource(
+                header, ("" if body.early else f"{WAIT}\n") + body.source, definition.input_names
+            ),
             [(a.dtype, a.ndim) for a in inputs],
             list(zip(definition.output_names, output_dtypes, strict=True)),
             template or (),
         ).replace("namespace cg = cooperative_groups;", "")
         names = (*definition.input_names, *definition.output_names)
+        assert set(body.early) <= set(definition.input_names)
+        late = set(definition.input_names) - set(body.early)
         main = _MAIN.format(
             loads="".join(
-                _LOAD.format(i=i + 1, shift=6 if name in self.shifted else 0)
+                _LOAD.format(
+                    i=i + 1,
+                    shift=6 if name in self.shifted else 0,
+                    late=_LATE if name in late else "",
+                )
                 for i, name in enumerate(names)
             ),
             stores="".join(_STORE.format(i=i + 1) for i in range(len(inputs), len(names))),

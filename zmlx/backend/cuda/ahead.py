@@ -69,10 +69,12 @@ class Kernel:
         source: its text.
         ensure_row_contiguous: as MLX takes it.
         whole: the text before parts of it went into files, by default the same.
+        told: declarations that go before it; they may read constants.
+        early: inputs that it reads before it waits, which it does itself then.
 
     Attributes:
-        name, input_names, ensure_row_contiguous: the same.
-        source: its body, with the wait before it.
+        name, input_names, ensure_row_contiguous, early: the same.
+        source: its body, with all that goes before it.
         run: what MLX made of it. A call whose `output_dtypes` or `template` is not what it was at
             the call before, which is here, has to be noticed first.
 
@@ -83,6 +85,7 @@ class Kernel:
     __slots__ = (
         "_forms",
         "_text",
+        "early",
         "ensure_row_contiguous",
         "input_names",
         "name",
@@ -101,9 +104,11 @@ class Kernel:
         *,
         ensure_row_contiguous: bool,
         whole: CudaSource | None = None,
+        told: str = "",
+        early: Sequence[str] = (),
     ) -> None:
-        self.name, self.input_names = name, tuple(input_names)
-        self.source = f"{WAIT}\n{source.body}"
+        self.name, self.input_names, self.early = name, tuple(input_names), tuple(early)
+        self.source = told + ("" if early else f"{WAIT}\n") + source.body
         self.ensure_row_contiguous = ensure_row_contiguous
         found = lean()
         header = f'#include "{OVERLAPPED}"\n{source.header}'

@@ -150,7 +150,20 @@ def body(launch: Launch) -> CudaBody | None:
         header=_header(),
         architecture=ARCHITECTURE,
         launch=((layout.blocks * threads, launches, 1), (threads, 1, 1)),
+        early=_early(launch),
     )
+
+
+def _early(launch: Launch) -> tuple[str, ...]:
+    """Return the inputs that are read before earlier kernels have ended: the first weights.
+
+    Which experts' those are an earlier kernel says.
+    """
+    if launch.chosen or launch.terms:
+        return ()
+    norm = [] if launch.eps is None else ["norm"]
+    parts = [n for n in ("w", "scales", "biases") if getattr(launch.weights[0], n) is not None]
+    return (*norm, *(f"{part}{n}" for n in range(len(launch.weights)) for part in parts))
 
 
 def layout_of(launch: Launch, launches: int) -> Layout:

@@ -4,7 +4,7 @@
 namespace zmlx {
 
 // What every kernel does first, with all its threads, before it reads or writes anything that
-// another one writes or reads.
+// another one writes or reads. (Constants it may ask for before, while the one before still runs.)
 //
 // A recording may start a kernel when all blocks of the one before have come here: what it takes to
 // launch it, and to bring its blocks to the multiprocessors, then goes on beside the work of the one
