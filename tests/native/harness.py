@@ -10,21 +10,7 @@ from pathlib import Path
 from zmlx.backend.cpu import build
 
 #: They hold MLX types; all others are plain C++.
-WITH_MLX = (
-    "primitives.cpp",
-    "weights.cpp",
-    "lookup.cpp",
-    "step_primitives.cpp",
-    "binding.cpp",
-    "view.cpp",
-    "operations.cpp",
-    "arithmetic.cpp",
-    "program.cpp",
-    "emulated.cpp",
-    "fuse.cpp",
-)
-
-
+WITH_MLX = ("together_primitives.cpp", "together_programs.cpp", "emulated.cpp")
 #: source -> flags of its own
 Units = dict[Path, list[str]]
 
@@ -32,8 +18,7 @@ Units = dict[Path, list[str]]
 def units(machine: str | None = None, *, mlx: bool) -> Units:
     """Return the library's units for a kind of machine, with or without those of MLX types."""
     own = build._units(machine) if machine else build._units()
-    for binding in ("binding.cpp", "emulator_binding.cpp"):
-        del own[binding]
+    del own["together_bindings.cpp"]
     return {
         build.SOURCE / name: flags for name, flags in own.items() if mlx or name not in WITH_MLX
     }
