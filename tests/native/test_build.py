@@ -281,6 +281,23 @@ def test_a_library_in_the_package_comes_first(fresh, copier, monkeypatch, tmp_pa
     assert lines == []
 
 
+def test_what_is_shipped_is_not_compiled_twice(fresh, copier, tmp_path):
+    cached = Path(native.load(announce=announced()[1]).__file__)
+    compiled = copier.read_text()
+    result = CliRunner().invoke(command, ["build", "--into", str(tmp_path / "ship")])
+    assert result.exit_code == 0, result.output
+    shipped = Path(result.stdout.strip())
+    assert shipped.parent == tmp_path / "ship"
+    assert build.fits(shipped)
+    assert shipped.read_bytes() == cached.read_bytes()
+    assert copier.read_text() == compiled
+    cached.unlink()  # this process still has it mapped
+    cached.write_bytes(b"damaged")
+    assert CliRunner().invoke(command, ["build", "--into", str(shipped.parent)]).exit_code == 0
+    assert build.fits(shipped)
+    assert sorted(copier.read_text().split()) == sorted(2 * compiled.split())
+
+
 def ship(real: Path, **changed: str) -> Path:
     """Put a library into the package whose manifest says something else; return the library."""
     native.BUNDLED.mkdir()

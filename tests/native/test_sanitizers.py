@@ -1,9 +1,10 @@
 """The library under the address, undefined-behaviour and thread sanitizers.
 
 `sanitized.cpp` runs the products on plain memory, `sanitized_program.cpp` programs and operations
-with MLX. Neither runs the emulator, whose units are left out. libmlx.so is as it was installed, without instrumentation. The address sanitizer does not
-mind: MLX's memory comes from the same `malloc`. UBSan's check of dynamic types (vptr) needs type
-information that libmlx keeps to itself, so it is off.
+with MLX. Neither runs the emulator, whose units are left out. libmlx.so is as it was installed,
+without instrumentation. The address sanitizer does not mind: MLX's memory comes from the same
+`malloc`. UBSan's check of dynamic types (vptr) needs type information that libmlx keeps to itself,
+so it is off.
 """
 
 from __future__ import annotations
