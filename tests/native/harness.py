@@ -24,15 +24,15 @@ def units(machine: str | None = None, *, mlx: bool) -> Units:
     }
 
 
-def compile_units(compiler: list[str], flags: list[str], sources: Units, folder: Path) -> list[str]:
-    """Compile each unit with its own flags and then these; return the objects."""
+def compile_units(compiler: list[str], sources: Units, folder: Path) -> list[str]:
+    """Compile each unit with the compiler's flags and then its own; return the objects."""
     include = [f"-I{build.SOURCE}", f"-I{build.mlx_folder() / 'include'}"]
     command = [*compiler, "-std=c++20", "-w", "-Wno-psabi", *include]
 
     def compiled(job: tuple[Path, list[str]]) -> str:
         source, own = job
         target = str(folder / f"{source.stem}.o")
-        subprocess.run([*command, *own, *flags, "-c", str(source), "-o", target], check=True)
+        subprocess.run([*command, *own, "-c", str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as executor:

@@ -31,8 +31,7 @@ def program(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arm64")
     sources = harness.units("aarch64", mlx=False)
     sources[Path(__file__).with_name("sanitized.cpp")] = []
-    # As in a build: a unit's own flags follow.
-    objects = harness.compile_units([COMPILER, *build.COMMON], [], sources, folder)
+    objects = harness.compile_units([COMPILER, *build.COMMON], sources, folder)
     return harness.link([COMPILER], ["-static"], objects, folder / "program")
 
 
@@ -50,4 +49,4 @@ def test_units_with_mlx_types_compile(tmp_path):
     every, plain = (harness.units("aarch64", mlx=mlx) for mlx in (True, False))
     sources = {unit: flags for unit, flags in every.items() if unit not in plain}
     assert {unit.name for unit in sources} == set(harness.WITH_MLX)
-    harness.compile_units([COMPILER], ["-fsyntax-only"], sources, tmp_path)
+    harness.compile_units([COMPILER, "-fsyntax-only"], sources, tmp_path)
