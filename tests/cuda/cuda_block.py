@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from nvrtc_program import DTYPES, assemble
+from precompiled import compile_with
 
 from zmlx.backend.cuda import CudaSource
 from zmlx.backend.cuda.source import WAIT
@@ -28,13 +29,14 @@ _HERE = Path(__file__).with_name("block")
 _OPTIONS = ("-std=c++17", "-O1", "-fsanitize=address", "-Wno-enum-compare", "-w")
 _MAIN = """
 int main(int, char** sizes) {{
+  const unsigned seed = std::atol(sizes[0]);
   {loads}
   for (unsigned y = 0; y < {gy}; ++y) {{
     for (unsigned x = 0; x < {gx}; ++x) {{
       static void (*const call)() = [] {{ mlx::core::cu::custom_kernel_K({names}); }};
       block::kernel = call;
       block::take_away();
-      block::run({threads}, {{x, y, 0}}, {seed}u + 977 * x + y);
+      block::run({threads}, {{x, y, 0}}, seed + 977 * x + y);
     }}
   }}
   if (block::waited != {gx} * {gy} * {threads}) block::fail("threads did not wait once", "the end");
@@ -85,7 +87,7 @@ class Block:
         raw = [np.array(mx.contiguous(a).view(mx.uint8)).reshape(-1) for a in inputs] + empty
         program = self._built(definition, inputs, output_dtypes, template)
         done = subprocess.run(
-            [program, *(str(len(r)) for r in raw)],
+            [str(len(self.seen)), *(str(len(r)) for r in raw)],
             executable=program,
             input=b"".join(r.tobytes() for r in raw),
             capture_output=True,
@@ -139,15 +141,12 @@ class Block:
             gx=grid[0] // threadgroup[0],
             gy=grid[1],
             threads=threadgroup[0],
-            seed=len(self.seen),
         )
         globals_ = "".join(f"{DTYPES[kind]}* g{i + 1};\n" for i, kind in enumerate(kinds))
-        text = f'#include "{_HERE / "device.hpp"}"\n{kernel}\n{globals_}{main}'
+        text = f"{kernel}\n{globals_}{main}"
         stem = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not stem.exists():
-            source = stem.with_suffix(".cpp")
-            source.write_text(text)
-            subprocess.run(["g++", *_OPTIONS, source, "-o", stem], check=True)
+            compile_with(_HERE / "device.hpp", _OPTIONS, text, stem)
         return stem
 
     def _copied(self, match: re.Match[str]) -> str:

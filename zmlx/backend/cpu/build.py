@@ -35,6 +35,7 @@ from zmlx.backend.extension import (
 )
 
 __all__ = [
+    "COMMON",
     "MANIFEST",
     "MODULE",
     "SOURCE",
@@ -64,7 +65,7 @@ SOURCE = Path(__file__).parent / "source"
 #: Beside a library: what it was built with, and its hash.
 MANIFEST = "library.json"
 #: What a build takes, in seconds of one processor, and at least, on however many.
-PROCESSOR_SECONDS = 56
+PROCESSOR_SECONDS = 44
 SHORTEST_SECONDS = 10
 
 #: of units with loops whose lengths are known only to templates; the others gain nothing
@@ -84,24 +85,16 @@ _ARM_UNITS: dict[str, list[str]] = {
     "kernels_neon_dotprod.cpp": ["-march=armv8.2-a+dotprod"],
 }
 _UNITS: dict[str, list[str]] = {
-    "primitives.cpp": [],
-    "weights.cpp": [],
-    "lookup.cpp": [],
-    "binding.cpp": ["-O1"],
+    "together_primitives.cpp": [],
+    "together_programs.cpp": [],
+    "together_bindings.cpp": ["-O1"],
+    "emulated.cpp": [],
     "kernels_portable.cpp": _HOT,
     "products.cpp": [],
     "pool.cpp": [],
     "dispatch.cpp": [],
     "step_portable.cpp": [],
-    "step_primitives.cpp": [],
     "step.cpp": [],
-    "view.cpp": [],
-    "operations.cpp": [],
-    "arithmetic.cpp": [],
-    "program.cpp": [],
-    "fuse.cpp": [],
-    "emulator_binding.cpp": ["-O1"],
-    "emulated.cpp": [],
     "emulator_checks.cpp": [],
     "emulator_launch.cpp": [],
     "emulator_memory.cpp": [],
