@@ -11,6 +11,7 @@ from zmlx.backend import for_kernels
 from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import built
+from zmlx.graph.probing import WrongResult
 from zmlx.graph.replayed import Replayed
 from zmlx_autopatch import speech
 
@@ -50,7 +51,8 @@ class Build:
 class Recorded:
     """A graph whose kernels are recorded, for each form of its arrays.
 
-    The first step of a form is built by MLX, as all are of a form that cannot be recorded.
+    The first step of a form is built by MLX, as all are of a form that cannot be recorded. The
+    second one runs in both ways, and must give the same numbers.
 
     Args:
         build: builds it.
@@ -84,12 +86,29 @@ class Recorded:
         build = self._build
         try:
             replayed = Replayed(build.graph, arrays, self._buffers, build.addresses)
+            self._try(replayed, arrays)
         except Exception as refusal:  # noqa: BLE001 - whatever it is, MLX can build the step
             self._refused.add(form)
-            if speech.level() == "debug":
+            if speech.level() == "debug" or isinstance(refusal, WrongResult):
                 speech.say(f"zmlx: a decode step is not recorded: {refusal}")
             return None
         while len(self._replayed) >= _KEPT:
             del self._replayed[next(iter(self._replayed))]
         self._replayed[form] = replayed
         return replayed
+
+    def _try(self, replayed: Replayed, arrays: Sequence[mx.array]) -> None:
+        """Compare a recording with the same kernels launched by MLX, on the arrays of a step.
+
+        What a step writes into buffers is the same each time, so it may run more than once.
+
+        Raises:
+            WrongResult: a result is another one.
+        """
+        truths = self._compiled(*arrays)
+        mx.eval(truths)  # before the other one writes into the same buffers
+        found = replayed(*arrays)
+        mx.eval(found)
+        for result, truth in zip(found, truths, strict=True):
+            if not mx.array_equal(result, truth, equal_nan=True).item():
+                raise WrongResult("its graph gives other numbers than MLX's graph of its kernels")
