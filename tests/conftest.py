@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlx_preamble
@@ -23,6 +24,8 @@ def group_of(nodeid: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Do once what all processes gain from."""
+    # Tests compare with float32, which MLX's products on CUDA are not by default.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     if not hasattr(config, "workerinput"):
         mlx_preamble.precompile()
 
