@@ -18,7 +18,7 @@ NAMES = ("x", "weight", "bias")
 METAL = "uint i = thread_position_in_grid.x; out[i] = x[i] * weight[i] + bias[i];"
 BY_HAND = "if (threadIdx.x) return; out[0] = x[0] * weight[0] + bias[0];"
 EARLY = f"float w = weight[0], b = bias[0]; {WAIT} if (threadIdx.x) return; out[0] = x[0] * w + b;"
-WAITS = ("griddepcontrol.wait;", "griddepcontrol.launch_dependents;")
+WAITS = ("griddepcontrol.launch_dependents;", "griddepcontrol.wait;")
 
 
 @pytest.fixture
