@@ -68,6 +68,10 @@ MODELS = {
     "llama": {},
     "qwen3_moe": {},
     "lfm2": {},
+    # Sliding windows; a layer norm before products with biases; attention beside the MLP.
+    "gemma3_text": {},
+    "starcoder2": {},
+    "cohere2": {},
     # What its kernels read are parts of what others made.
     "glm4_moe_lite": {"dtype": mx.bfloat16, "quantize": {"bits": 4, "group_size": 32}},
 }
