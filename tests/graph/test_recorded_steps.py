@@ -64,6 +64,17 @@ def far(found, truth):
     return (mx.abs(found - truth).max() / mx.abs(truth).max()).item()
 
 
+def check_steps(model, monkeypatch, tokens=TOKENS):
+    """Check steps of a recorded program against the forward; return the program."""
+    cache = prompted(model)
+    stock = copy.deepcopy(cache)
+    program, forward = program_of(model, cache, monkeypatch, recorded=True)
+    for token in tokens:
+        array = mx.array([[token]])
+        assert far(program(array, cache), forward(array, stock)) < 1e-5
+    return program
+
+
 MODELS = {
     "llama": {},
     "qwen3_moe": {},
@@ -142,13 +153,7 @@ def test_larger_buffers_are_another_recording(recordings, monkeypatch):
     monkeypatch.setattr(lending, "ROOM", 8)
     monkeypatch.setattr(lending, "_LEAST", 1)
     monkeypatch.setattr(building, "_KEPT", 1)
-    model = build("llama")
-    cache = prompted(model)
-    stock = copy.deepcopy(cache)
-    program, forward = program_of(model, cache, monkeypatch, recorded=True)
-    for token in TOKENS * 3:
-        tokens = mx.array([[token]])
-        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    program = check_steps(build("llama"), monkeypatch, TOKENS * 3)
     # One token, then eight, then three.
     assert [recording.runs for recording in recordings] == [8, 3]
     assert [r._recording for r in program._replay._replayed.values()] == recordings[1:]
@@ -202,13 +207,7 @@ def test_a_recording_that_gives_other_numbers_is_not_used(recordings, monkeypatc
         return [result * 1.001 for result in right(self, inputs, buffers)]
 
     monkeypatch.setattr(SimulatedRecording, "__call__", wrong)
-    model = build("llama")
-    cache = prompted(model)
-    stock = copy.deepcopy(cache)
-    program, forward = program_of(model, cache, monkeypatch, recorded=True)
-    for token in TOKENS:
-        tokens = mx.array([[token]])
-        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    check_steps(build("llama"), monkeypatch)
     assert recordings[0].runs == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("zmlx: a decode step is not recorded: its graph gives other numbers")
@@ -217,13 +216,7 @@ def test_a_recording_that_gives_other_numbers_is_not_used(recordings, monkeypatc
 def test_a_step_that_cannot_be_recorded_is_built_by_MLX(monkeypatch, capsys):
     """Products of float32 with every head's own matrix are MLX's."""
     monkeypatch.setattr(building.speech, "level", lambda: "debug")
-    model = build("deepseek_v3")
-    cache = prompted(model)
-    stock = copy.deepcopy(cache)
-    program, forward = program_of(model, cache, monkeypatch, recorded=True)
-    for token in TOKENS:
-        tokens = mx.array([[token]])
-        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    check_steps(build("deepseek_v3"), monkeypatch)
     said = capsys.readouterr().err
     assert said.count("is not recorded") == 1
     assert "Matmul" in said

@@ -7,7 +7,6 @@ the type `mlx.core.array` pass between two extensions only when both carry the s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -24,7 +23,9 @@ from zmlx.backend.extension import (
     abi_tag,
     compiler_version,
     find_compiler,
+    fingerprint_of,
     hash_of,
+    hash_of_folder,
     link_all,
     mlx_extension,
     mlx_folder,
@@ -137,27 +138,13 @@ def fingerprint() -> str:
     """
     if sys.platform != "linux":
         raise NativeUnavailable("only for Linux; here MLX uses the GPU")
-    digest = hashlib.sha256()
-    for part in (
-        mlx_version(),
-        str((mlx_folder() / "lib" / "libmlx.so").stat().st_size),
-        version_of("nanobind"),
-        platform.machine(),
-        file_name(),
-        repr((COMMON, _units())),
-        repr([field.name for field in fields(Manifest)]),
-        sources(),
-    ):
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:16]
+    manifest = repr([field.name for field in fields(Manifest)])
+    return fingerprint_of(file_name(), repr((COMMON, _units())), manifest, sources())
 
 
 def sources() -> str:
     """Return a hash of the sources' names and contents."""
-    digest = hashlib.sha256()
-    for file in sorted(SOURCE.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    return hash_of_folder(SOURCE)
 
 
 def duration() -> int:
