@@ -204,13 +204,13 @@ def test_a_recording_that_gives_other_numbers_is_not_used(recordings, monkeypatc
     right = SimulatedRecording.__call__
 
     def wrong(self, inputs, buffers):
-        return [result * 1.001 for result in right(self, inputs, buffers)]
+        return [mx.roll(result, 1) for result in right(self, inputs, buffers)]
 
     monkeypatch.setattr(SimulatedRecording, "__call__", wrong)
     check_steps(build("llama"), monkeypatch)
     assert recordings[0].runs == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("zmlx: a decode step is not recorded: its graph gives other numbers")
+    assert line.startswith("zmlx: a decode step is not recorded: its graph differs from MLX's")
 
 
 def test_a_step_that_cannot_be_recorded_is_built_by_MLX(monkeypatch, capsys):

@@ -11,12 +11,16 @@ from zmlx.backend import for_kernels
 from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import built
-from zmlx.graph.probing import WrongResult
+from zmlx.graph.probing import WrongResult, deviation
 from zmlx.graph.replayed import Replayed
 from zmlx_autopatch import speech
 
 #: Recordings that are kept: one is left behind whenever buffers have grown.
 _KEPT = 8
+
+#: Largest deviation of a recording from MLX's graph of the same kernels, which is none at all but
+#: where MLX's own operations before and after them are fused otherwise.
+_DEVIATIONS = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.05}
 
 #: Dtype of the tokens, and the shapes of the arrays of a step.
 _Form = tuple[mx.Dtype, tuple[tuple[int, ...], ...]]
@@ -52,7 +56,7 @@ class Recorded:
     """A graph whose kernels are recorded, for each form of its arrays.
 
     The first step of a form is built by MLX, as all are of a form that cannot be recorded. The
-    second one runs in both ways, and must give the same numbers.
+    second one runs in both ways, and must give the same.
 
     Args:
         build: builds it.
@@ -110,5 +114,10 @@ class Recorded:
         found = replayed(*arrays)
         mx.eval(found)
         for result, truth in zip(found, truths, strict=True):
-            if not mx.array_equal(result, truth, equal_nan=True).item():
-                raise WrongResult("its graph gives other numbers than MLX's graph of its kernels")
+            if mx.array_equal(result, truth, equal_nan=True).item():
+                continue
+            error = deviation(result, truth)
+            if not error <= _DEVIATIONS.get(truth.dtype, 0.0):
+                raise WrongResult(
+                    f"its graph differs from MLX's of the same kernels by {error:.2g}"
+                )
