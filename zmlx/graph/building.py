@@ -78,10 +78,11 @@ class Recorded:
             return self._compiled(*arrays)
         form = arrays[0].dtype, tuple([array.shape for array in arrays])
         replayed = self._replayed.get(form)
-        if replayed is None and form in self._seen:
-            with self._lock:
-                replayed = self._replayed.get(form) or self._recording(form, arrays)
-        self._seen.add(form)
+        if replayed is None:
+            if form in self._seen:
+                with self._lock:
+                    replayed = self._replayed.get(form) or self._recording(form, arrays)
+            self._seen.add(form)
         return self._compiled(*arrays) if replayed is None else replayed(*arrays)
 
     def _recording(self, form: _Form, arrays: Sequence[mx.array]) -> Replayed | None:

@@ -27,6 +27,8 @@ from zmlx.graph.trace import in_order, trace
 _DEVIATIONS = {mx.float32: 0.01, mx.float16: 0.01, mx.bfloat16: 0.03}
 #: The same, from what MLX gives in 16 bits.
 _LOOSE = {mx.float32: 0.01, mx.float16: 0.05, mx.bfloat16: 0.15}
+#: How many times stock's error, against float32, a step may have that is not within its limit.
+MORE = 1.5
 #: Bytes that float32 may take for that: with more, memory would be short where the model just fits.
 _MOST = 2**28
 

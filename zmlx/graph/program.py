@@ -24,7 +24,7 @@ from zmlx.graph.caches import Layout, ProgramRefused, held_arrays, is_plain, lea
 from zmlx.graph.lending import Chain, Kind, advance, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import FUSED
-from zmlx.graph.probing import WrongResult, deviation, probe, step_in_float32
+from zmlx.graph.probing import MORE, WrongResult, deviation, probe, step_in_float32
 from zmlx.graph.rewrite.attention import Fused, Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
 from zmlx.graph.rewrite.experts import fuse_experts
@@ -33,9 +33,6 @@ from zmlx.graph.rewrite.shapes import settled
 from zmlx.graph.same import difference
 from zmlx.graph.trace import in_order, trace
 from zmlx.kernels.attention_launch import COUNTERS, new_counters
-
-#: How many times stock's error, against float32, a step may have that is not within its limit.
-_MORE = 1.5
 
 #: A model's forward: takes tokens (1, 1) and its caches, returns an array.
 Forward = Callable[[mx.array, list[Any]], mx.array]
@@ -258,7 +255,7 @@ class DecodeProgram:
             return
         exact = step_in_float32(forward, tokens, caches)
         ours, theirs = deviation(found, exact), deviation(stock, exact)
-        if not ours <= max(allowed, _MORE * theirs):
+        if not ours <= max(allowed, MORE * theirs):
             raise WrongResult(f"its kernels differ from the model's own step by {error:.2g}")
 
 

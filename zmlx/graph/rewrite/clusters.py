@@ -79,7 +79,7 @@ def _between_kernels(graph: Graph, nodes: Sequence[Node]) -> bool:
     made_by = [graph.producers.get(value) for node in nodes for value in node.inputs]
     outputs = [value for node in nodes for value in node.outputs]
     read_by = [reader for value in outputs for reader in graph.consumers.get(value, ())]
-    return any(_is_fused(node) for node in made_by) and any(map(_is_fused, read_by))
+    return any(map(_is_fused, made_by)) and any(map(_is_fused, read_by))
 
 
 def _is_fused(node: Node | None) -> bool:

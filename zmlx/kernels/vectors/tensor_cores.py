@@ -162,8 +162,13 @@ def _early(launch: Launch) -> tuple[str, ...]:
     if launch.chosen or launch.terms:
         return ()
     norm = [] if launch.eps is None else ["norm"]
-    parts = [n for n in ("w", "scales", "biases") if getattr(launch.weights[0], n) is not None]
-    return (*norm, *(f"{part}{n}" for n in range(len(launch.weights)) for part in parts))
+    weights = (
+        f"{name}{number}"
+        for number, weight in enumerate(launch.weights)
+        for name in weight.arrays()
+        if name != "bias"
+    )
+    return (*norm, *weights)
 
 
 def layout_of(launch: Launch, launches: int) -> Layout:
