@@ -27,6 +27,9 @@ class CudaBody:
         cluster: blocks along x that are a cluster; every launch has a multiple of them.
         threads: most threads of a block, where the compiler has to know them so that there are
             registers for all; 0 where any number can run.
+        early: inputs that it reads while earlier kernels may still run: weights, which no kernel
+            writes. Such a body says `zmlx::wait_for_earlier();` itself, once and in all threads,
+            before it touches anything else; before others that is put.
     """
 
     source: str
@@ -35,6 +38,7 @@ class CudaBody:
     launch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
     cluster: int = 1
     threads: int = 0
+    early: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
