@@ -66,7 +66,7 @@ inline void wait_for_all(uint64_t* barrier) {
 """
 
 
-def run_on_warps(monkeypatch, module, *, backwards, clusters=False):
+def run_on_warps(monkeypatch, module, *, backwards):
     """Yield while what a module sends to CUDA runs on the CPU; afterwards counters must be zero."""
 
     def header(text):
@@ -83,7 +83,6 @@ def run_on_warps(monkeypatch, module, *, backwards, clusters=False):
     monkeypatch.setattr(handwritten, "shortened", lambda source, name: source)
     monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
-    monkeypatch.setattr(module, "may_cluster", lambda: clusters)
     made = []
 
     def noted(number):
@@ -95,3 +94,30 @@ def run_on_warps(monkeypatch, module, *, backwards, clusters=False):
     yield
     assert not any(mx.any(counters).item() for counters in made)
     forget()
+
+
+def joined_and_clustered(monkeypatch, call, buffers):
+    """Return how many blocks are a cluster, and twice what a call gives and leaves in its buffers.
+
+    Args:
+        call: one that ends in a launch; it takes copies of `buffers`.
+    """
+    right, seen, found = attention_launch._definition, [], []
+    monkeypatch.setattr(attention_launch, "_definition", lambda v: seen.append(v) or right(v))
+    for clusters in (False, True):
+        monkeypatch.setattr(attention_launch, "may_cluster", lambda on=clusters: on)
+        copies = [x + 0 for x in buffers]
+        mx.eval(copies)
+        found.append([call(*copies), *copies])
+    assert [(v.form, v.cluster > 1) for v in seen] == [("joined", False), ("whole", True)]
+    return seen[1].cluster, *found
+
+
+def same_bits(these, those):
+    """Whether arrays hold the same numbers, and the same kinds of zeros, and no NaN."""
+    kind = {2: mx.uint16, 4: mx.uint32}
+    return all(
+        not mx.any(mx.isnan(x)).item()
+        and mx.array_equal(x.view(kind[x.dtype.size]), y.view(kind[y.dtype.size])).item()
+        for x, y in zip(these, those, strict=True)
+    )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from nvrtc_program import compile_program, is_missing, registers
+from nvrtc_program import compile_program, is_missing, ptx, registers
 from test_catalog_compiles import programs  # noqa: F401
+from test_overlapped import instructions
 
+from zmlx.kernels import attention_launch
 from zmlx.kernels import decode_attention as plain
 from zmlx.kernels import decode_attention_latent as latent
 from zmlx.kernels.decode_attention import decode_attention
@@ -18,6 +21,16 @@ from zmlx.kernels.rope import Rope
 
 pytestmark = pytest.mark.skipif(
     is_missing(), reason="no nvidia-cuda-nvrtc (in the extra dev, on Linux on x86_64)"
+)
+#: What a block in a cluster does, one thing after another.
+ORDER = (
+    "griddepcontrol.launch_dependents",
+    "griddepcontrol.wait",
+    "mbarrier.init",
+    "barrier.cluster.arrive",
+    "barrier.cluster.wait",
+    "st.async",
+    "mbarrier.try_wait",
 )
 OPTIONS = {
     "plain": {},
@@ -57,14 +70,14 @@ def test_it_compiles_for_tensor_cores(name, dtype, architecture, programs, monke
 def test_it_compiles_in_clusters(name, programs, monkeypatch):  # noqa: F811
     launch_all(mx.bfloat16, OPTIONS[name], monkeypatch, tensor=True, clusters=True)
     check(programs)
-    assert all("__cluster_dims__(" in whole(header) for header in programs)
+    check_clusters(programs)
 
 
 def launch_all(dtype, options, monkeypatch, *, tensor, clusters=False):
     monkeypatch.setattr(plain, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(plain, "has_tensor_cores", lambda: tensor)
-    monkeypatch.setattr(plain, "may_cluster", lambda: clusters)
-    for splits in (4, 16) if clusters else (1, 4):
+    monkeypatch.setattr(attention_launch, "may_cluster", lambda: clusters)
+    for splits in (2, 8) if clusters else (1, 4):
         q, k, keys = (mx.zeros(s, dtype) for s in ((1, 16, 64), (1, 2, 64), (1, 2, 300, 64)))
         decode_attention(
             q, k, k, keys, keys, mx.zeros(3, mx.int32), scale=1.0, splits=splits, **options
@@ -88,6 +101,7 @@ def test_it_compiles_for_latents_on_tensor_cores(dtype, architecture, programs, 
 def test_it_compiles_for_latents_in_clusters(programs, monkeypatch):  # noqa: F811
     launch_latent(mx.bfloat16, monkeypatch, tensor=True, clusters=True)
     check(programs)
+    check_clusters(programs)
 
 
 @pytest.mark.parametrize("clusters", [False, True])
@@ -109,7 +123,7 @@ def test_blocks_of_clusters_find_their_shared_memory(weight, programs, monkeypat
     for module in (plain, latent):
         monkeypatch.setattr(module, "for_kernels", lambda **_: "cuda")
         monkeypatch.setattr(module, "has_tensor_cores", lambda: True)
-        monkeypatch.setattr(module, "may_cluster", lambda: True)
+    monkeypatch.setattr(attention_launch, "may_cluster", lambda: True)
     ones, at = {n: mx.ones(n, weight) for n in (128, 512)}, mx.zeros(3, mx.int32)
     q, k, keys = (mx.zeros(s, mx.bfloat16) for s in ((1, 8, 128), (1, 1, 128), (1, 1, 512, 128)))
     norms = {"q_norm": ones[128], "k_norm": ones[128], "rope": Rope(128, traditional=True)}
@@ -130,8 +144,8 @@ def latent_arrays(dtype, heads=20, capacity=300):
 def launch_latent(dtype, monkeypatch, *, tensor, clusters=False):
     monkeypatch.setattr(latent, "for_kernels", lambda **_: "cuda")
     monkeypatch.setattr(latent, "has_tensor_cores", lambda: tensor)
-    monkeypatch.setattr(latent, "may_cluster", lambda: clusters)
-    for splits in (4, 16) if clusters else (1, 4):
+    monkeypatch.setattr(attention_launch, "may_cluster", lambda: clusters)
+    for splits in (2, 8) if clusters else (1, 4):
         decode_attention_latent(
             *latent_arrays(dtype),
             mx.zeros(3, mx.int32),
@@ -145,6 +159,24 @@ def launch_latent(dtype, monkeypatch, *, tensor, clusters=False):
 def whole(header):
     """Return a header with what it includes."""
     return "".join(Path(file).read_text() for file in re.findall(r'#include "(.*)"', header))
+
+
+def check_clusters(programs):  # noqa: F811
+    """Every thread of every block waits for earlier kernels before anything else.
+
+    Then it comes to its cluster, whose blocks have to be there before one gives to another.
+    """
+    sizes = [int(n) for h in programs for n in re.findall(r"__cluster_dims__\((\d),", whole(h))]
+    assert sorted(sizes) == [2, 8]
+    for header, bodies in programs.items():
+        [body] = bodies
+        lines = instructions(ptx(header, body.replace("_CASE(", "_0("), architecture="compute_90a"))
+        where = {name: [i for i, line in enumerate(lines) if name in line] for name in ORDER}
+        assert all(where.values())
+        for earlier, later in pairwise(ORDER):
+            assert max(where[earlier]) < min(where[later])
+        before = lines[: where["griddepcontrol.wait"][0]]
+        assert not any(re.match(r"@|bra|ret|st\.|ld\.(?!param)|atom|red\.", x) for x in before)
 
 
 def check(programs, architecture="sm_90a"):  # noqa: F811

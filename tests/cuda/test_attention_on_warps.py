@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from attention_on_cpu import run_on_warps
+from attention_on_cpu import joined_and_clustered, run_on_warps, same_bits
 from kernels.test_decode_attention import arrays, check, error, normal, norms, state
 from precompiled import COMPILER
 
@@ -22,18 +22,10 @@ pytestmark = pytest.mark.skipif(
 F16, BF16 = mx.float16, mx.bfloat16
 
 
-ORDERS = ["forwards", "backwards", "clusters forwards", "clusters backwards"]
-
-
-@pytest.fixture(params=ORDERS[::3], autouse=True)
+@pytest.fixture(params=["forwards", "backwards"], autouse=True)
 def on_warps(monkeypatch, request):
-    """In both orders, so that a missing barrier shows; where it matters, of both forms."""
-    yield from run_on_warps(
-        monkeypatch,
-        module,
-        backwards="backwards" in request.param,
-        clusters="clusters" in request.param,
-    )
+    """In both orders, so that a missing barrier shows."""
+    yield from run_on_warps(monkeypatch, module, backwards=request.param == "backwards")
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
@@ -52,7 +44,6 @@ def test_every_size_and_dtype(heads, kv, size, value_size, rope, dtype):
     check(given, state(36, position=1000), rope=rope, **norms(size, dtype))
 
 
-@pytest.mark.parametrize("on_warps", ORDERS, indirect=True)
 @pytest.mark.parametrize(
     ("capacity", "splits"), [(601, None), (601, 1), (601, 40), (1100, None), (1100, 2)]
 )
@@ -89,7 +80,6 @@ def test_what_lies_before_a_window_does_not_count():
     assert mx.array_equal(out, decode_attention(q, k, v, *with_nan, state(147), **options)).item()
 
 
-@pytest.mark.parametrize("on_warps", ORDERS, indirect=True)
 def test_a_ring_is_written_in_the_middle_by_the_warp_that_reads_it():
     for capacity in (70, 2100):  # in the second, some warps reach it only with a later tile
         given = arrays(heads=10, kv=1, capacity=capacity, dtype=BF16)
@@ -122,7 +112,6 @@ def test_each_sequence_has_its_own_place():
         assert error(found, truth) < 8e-3
 
 
-@pytest.mark.parametrize("on_warps", ORDERS, indirect=True)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_nothing_else_is_written_and_nothing_beyond_the_length_counts(splits):
     q, k, v, keys, values = arrays(batch=2, heads=9, kv=1, capacity=100, dtype=BF16)
@@ -173,26 +162,49 @@ def test_rows_with_gaps_give_nan():
         assert mx.all(mx.isnan(out)).item()
 
 
-@pytest.mark.parametrize(
-    ("capacity", "size", "splits", "found"),
-    [
-        (512, 128, None, (8, 8, "whole")),
-        (200, 64, None, (4, 4, "whole")),
-        (60, 64, None, (1, 1, "whole")),
-        (8704, 128, None, (64, 4, "joined")),
-        (8704, 128, 30, (30, 1, "joined")),
-        (8704, 128, 12, (12, 4, "joined")),
-        (512, 128, 2, (2, 2, "whole")),
-        (512, 128, 3, (3, 1, "joined")),
-        (512, 192, None, (8, 1, "joined")),
-    ],
-)
-def test_which_blocks_are_clusters(capacity, size, splits, found):
-    q, _, _, keys, _ = arrays(2, 8, 1, size, capacity=capacity, dtype=BF16)
-    layout = Layout.of(q, keys, size // 2, state(0), splits=splits, tensor=True, clusters=True)
-    assert (layout.splits, layout.cluster, layout.form("cuda")) == found
-    alone = Layout.of(q, keys, size // 2, state(0), splits=splits, tensor=True)
-    assert alone.cluster == 1
+FREQS = Rope(64, base=None, freqs=mx.exp(mx.arange(32) / 4), multiplier=1.3466, scale=0.25)
+#: batch, query heads, kv heads, size, size of values, capacity; options; blocks of the cluster
+CLUSTERED = {
+    "norms": ((1, 8, 1, 128, 128, 512), {"rope": Rope(128), **norms(128, BF16)}, 8),
+    "uneven": ((1, 3, 1, 96, 72, 200), {"rope": Rope(64), "k_norm": norms(96, BF16)["k_norm"]}, 4),
+    "sinks": ((2, 18, 1, 64, 64, 200), {"rope": FREQS, "sinks": normal(18, dtype=BF16)}, 4),
+    "window": ((1, 4, 2, 64, 64, 512), {"rope": Rope(64), "window": 99}, 2),
+    "all": ((3, 5, 1, 64, 64, 150), {"sinks": normal(5), "window": 50, "splits": 4}, 4),
+    "rows": ((5, 8, 4, 64, 64, 400), {}, 4),
+    "long": ((1, 2, 1, 64, 64, 1500), {"splits": 8}, 8),
+}
+
+
+@pytest.mark.parametrize("case", CLUSTERED)
+def test_clusters_give_what_joined_blocks_give(case, monkeypatch):
+    """Of lengths with fewer tiles than there are blocks, and of rings, too."""
+    shapes, options, cluster = CLUSTERED[case]
+    batch, capacity = shapes[0], shapes[-1]
+    *new, keys, values = arrays(*shapes, dtype=BF16)
+    for length in (1, 19, 53, capacity // 2 + 1, capacity):
+        at = state(length // 2, length=length, position=length)
+        if batch > 1:
+            more = [state(max(0, n - 1), length=n) for n in (length // 3 + 1, 1, 16, 33)]
+            at = mx.stack([at, *more[: batch - 1]])
+
+        def call(keys, values, at=at):
+            return decode_attention(*new, keys, values, at, scale=0.1, **options)
+
+        blocks, joined, clustered = joined_and_clustered(monkeypatch, call, (keys, values))
+        assert blocks == cluster
+        assert same_bits(joined, clustered)
+
+
+def test_a_recording_launches_clusters(monkeypatch):
+    """With nothing but what it is told of the device."""
+    given, launched = arrays(capacity=200, dtype=BF16), []
+    right = attention_launch._definition
+    monkeypatch.setattr(attention_launch, "_definition", lambda v: launched.append(v) or right(v))
+    monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
+    decode_attention(*given, state(3), scale=1.0)
+    with in_force(Addresses([]), lambda kernel: kernel.run):
+        decode_attention(*given, state(3), scale=1.0)
+    assert [(v.form, v.cluster) for v in launched] == [("joined", 1), ("whole", 4)]
 
 
 @pytest.mark.parametrize(("architecture", "may"), [(89, False), (90, True)])
@@ -204,6 +216,62 @@ def test_only_recordings_have_clusters(architecture, may, monkeypatch):
     with in_force(nothing):
         assert not attention_launch.may_cluster()
     assert not attention_launch.may_cluster()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "older", "splits", "cluster"),
+    [
+        ((1, 4, 128, 512), {}, 8, 8, 8),
+        ((1, 4, 128, 320), {}, 8, 8, 8),  # a kernel for capacities of 257 to 512
+        ((1, 8, 64, 512), {"window": 128}, 2, 2, 2),
+        ((1, 8, 64, 512), {"window": 180}, 3, 2, 2),
+        ((1, 8, 64, 60), {}, 1, 1, 1),
+        ((5, 4, 64, 512), {}, 6, 4, 4),
+        ((11, 4, 64, 512), {}, 3, 2, 2),
+        ((40, 4, 64, 512), {}, 1, 1, 1),
+        ((1, 4, 128, 513), {}, 16, 16, 1),
+        ((5, 4, 64, 1024), {}, 6, 6, 1),
+        ((1, 4, 128, 8704), {}, 33, 33, 1),
+        ((4, 8, 128, 8704), {}, 4, 4, 1),
+        ((1, 4, 128, 8704), {"splits": 8}, 8, 8, 8),
+        ((1, 4, 128, 8704), {"splits": 12}, 12, 12, 1),
+        ((1, 4, 128, 512), {"splits": 2}, 2, 2, 2),
+        ((1, 4, 128, 512), {"splits": 3}, 3, 3, 1),
+        ((1, 4, 128, 30), {"splits": 3}, 2, 2, 2),  # there are no more tiles
+        ((1, 4, 192, 512), {}, 8, 8, 1),
+        ((11, 4, 192, 512), {}, 3, 3, 1),
+        ((1, 4, 512, 512), {"rope_size": 64}, 8, 8, 8),
+        ((5, 4, 512, 512), {"rope_size": 64}, 6, 4, 4),
+        ((1, 1, 512, 1024), {"rope_size": 64}, 16, 16, 1),
+    ],
+)
+def test_which_blocks_are_clusters(shape, options, older, splits, cluster, monkeypatch):
+    batch, kv, size, capacity = shape
+    q, keys = (mx.zeros(s, BF16) for s in ((batch, 2 * kv, size), (batch, kv, capacity, size)))
+
+    def found(tensor=True):
+        layout = Layout.of(q, keys, size // 2, state(0), **options, tensor=tensor)
+        return layout.splits, layout.cluster, layout.form("cuda")
+
+    monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
+    without = found(tensor=False)
+    joined = (splits, 1, "joined" if splits > 1 else "whole")
+    assert found() == joined
+    monkeypatch.setattr(attention_launch, "is_recording", lambda: True)
+    assert found() == ((splits, cluster, "whole") if cluster > 1 else joined)
+    assert found(tensor=False) == without
+    monkeypatch.setattr(attention_launch, "architecture", lambda: 89)
+    assert found() == (older, 1, "joined" if older > 1 else "whole")
+
+
+def test_up_to_how_many_positions_blocks_are_clusters(monkeypatch):
+    monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
+    monkeypatch.setattr(attention_launch, "is_recording", lambda: True)
+    monkeypatch.setattr(attention_launch, "CLUSTERED", 1024)
+    for capacity, found in ((1024, (8, 8)), (1025, (32, 1))):
+        q, keys = (mx.zeros(s, BF16) for s in ((1, 8, 128), (1, 4, capacity, 128)))
+        layout = Layout.of(q, keys, 128, state(0), tensor=True)
+        assert (layout.splits, layout.cluster) == found
 
 
 def test_scores_that_overflow_an_exponential():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from attention_on_cpu import run_on_warps
+from attention_on_cpu import joined_and_clustered, run_on_warps, same_bits
 from kernels.test_decode_attention_latent import arrays, error, normal, state, stock
 from precompiled import COMPILER
 
@@ -24,18 +24,10 @@ F16, BF16 = mx.float16, mx.bfloat16
 LEAST = {F16: 1e-3, BF16: 8e-3}
 
 
-ORDERS = ["forwards", "backwards", "clusters forwards", "clusters backwards"]
-
-
-@pytest.fixture(params=ORDERS[::3], autouse=True)
+@pytest.fixture(params=["forwards", "backwards"], autouse=True)
 def on_warps(monkeypatch, request):
-    """In both orders, so that a missing barrier shows; where it matters, of both forms."""
-    yield from run_on_warps(
-        monkeypatch,
-        module,
-        backwards="backwards" in request.param,
-        clusters="clusters" in request.param,
-    )
+    """In both orders, so that a missing barrier shows."""
+    yield from run_on_warps(monkeypatch, module, backwards=request.param == "backwards")
 
 
 def check(given, at, *, splits=None, norm=None, rope=None):
@@ -95,7 +87,6 @@ def test_it_is_as_exact_as_what_it_gets(dtype):
     assert mx.all(off <= 1.01 * half_a_unit + 1e-5).item()
 
 
-@pytest.mark.parametrize("on_warps", ORDERS, indirect=True)
 @pytest.mark.parametrize(("capacity", "splits"), [(601, 1), (601, None), (1100, 3), (1100, 100)])
 def test_every_length(capacity, splits):
     """With 100 parts and enough positions they are added up in two steps."""
@@ -105,7 +96,6 @@ def test_every_length(capacity, splits):
         check(given, states, rope=Rope(24, traditional=True), splits=splits)
 
 
-@pytest.mark.parametrize("on_warps", ORDERS, indirect=True)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_ring_is_written_in_the_middle(splits):
     given = arrays(heads=10, size=128, rotated=64, capacity=200, dtype=BF16)
@@ -114,7 +104,6 @@ def test_a_ring_is_written_in_the_middle(splits):
         check(given, state(write, length=200), rope=Rope(64), norm=norm, splits=splits)
 
 
-@pytest.mark.parametrize("on_warps", ORDERS, indirect=True)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_nothing_else_is_written_and_nothing_beyond_the_length_counts(splits):
     *new, latents, rope_keys = arrays(batch=2, heads=20, capacity=100, dtype=BF16)
@@ -130,6 +119,36 @@ def test_nothing_else_is_written_and_nothing_beyond_the_length_counts(splits):
         assert mx.array_equal(found[:, 0, 40], row).item()
         same = (mx.where(rest, x, 0) for x in (found, was))
         assert mx.array_equal(*same, equal_nan=True).item()
+
+
+#: batch, heads, size, rotated, capacity; options; blocks of the cluster
+CLUSTERED = {
+    "norm": ((1, 20, 512, 64, 512), {"norm": 1 + normal(512, seed=9, dtype=BF16) / 4}, 8),
+    "rows": ((5, 26, 72, 24, 500), {"rope": Rope(24, traditional=True)}, 4),
+    "both": ((2, 9, 96, 64, 200), {"norm": 1 + normal(96, seed=9) / 4, "rope": Rope(64)}, 4),
+    "two": ((1, 1, 32, 8, 300), {"splits": 2}, 2),
+    "long": ((1, 3, 264, 16, 1500), {"splits": 8}, 8),
+}
+
+
+@pytest.mark.parametrize("case", CLUSTERED)
+def test_clusters_give_what_joined_blocks_give(case, monkeypatch):
+    """Of lengths with fewer tiles than there are blocks, and of rings, too."""
+    shapes, options, cluster = CLUSTERED[case]
+    batch, capacity = shapes[0], shapes[-1]
+    *new, latents, rope_keys = arrays(*shapes, BF16)
+    for length in (1, 33, 75, capacity // 2 + 1, capacity):
+        at = state(length // 2, length=length)
+        if batch > 1:
+            more = [state(max(0, n - 1), length=n) for n in (length // 3 + 1, 1, 32, 65)]
+            at = mx.stack([at, *more[: batch - 1]])
+
+        def call(latents, rope_keys, at=at):
+            return decode_attention_latent(*new, latents, rope_keys, at, scale=0.1, **options)
+
+        blocks, joined, clustered = joined_and_clustered(monkeypatch, call, (latents, rope_keys))
+        assert blocks == cluster
+        assert same_bits(joined, clustered)
 
 
 @pytest.mark.parametrize("shift", [0, 3])

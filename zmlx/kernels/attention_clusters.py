@@ -1,21 +1,19 @@
 """What blocks of a cluster do for each other in attention on tensor cores (devices from 9.0 on).
 
-Blocks along the positions are a cluster of up to `CLUSTER`, which run at once and can write into
-each other's shared memory. Each block of a cluster adds up a share of the result's elements: the
-others give it their sums of these, and their maxima and sums of weights. A block knows how much it
-is to be given, and its barrier counts the bytes that come in (`st.async`). So nothing goes through
-device memory, no fence waits for what else was written, and a block that has everything may end.
+All blocks along the positions are one cluster of 2, 4 or 8, which run at once and can write into
+each other's shared memory. Each of them adds up a share of the result's elements: the others give
+it their sums of these, and their maxima and sums of weights. A block knows how much it is to be
+given, and its barrier counts the bytes that come in (`st.async`). So nothing goes through device
+memory, no fence waits for what else was written, and a block that has everything may end.
 
-Of several clusters each leaves its sums in device memory, share by share, and for each share the
-last block to count adds up what the clusters have.
+What it gives is the same as without a cluster, bit for bit: parts are added up by the same
+operations in the same order (`Added`).
 """
 
 from __future__ import annotations
 
-#: Most blocks of a cluster on every device that has clusters.
-CLUSTER = 8
-#: Blocks of each of several clusters: larger ones do not find room on all multiprocessors.
-FEW = 4
+#: How many blocks are a cluster; every device that has clusters takes them.
+SIZES = (2, 4, 8)
 
 # What a compiler for another machine would have to be told (tests do).
 PRIMITIVES = """
@@ -74,29 +72,23 @@ inline void wait_for_all(uint64_t* barrier) {
 BEGIN = """__shared__ uint64_t barrier;
 begin(&barrier);
 """
-# Clusters have positions or have none as a whole.
-LEAVE = """if (split / CLUSTER * CLUSTER >= tiles) {
-  meet();
-  return;
-}
-"""
 SHARES = """
-constexpr int SHARE = (HEADS * (DV / 4) + CLUSTER - 1) / CLUSTER;
-__shared__ float4 given[CLUSTER * SHARE];
-__shared__ float2 given_ends[CLUSTER * HEADS];
-const int rank = split % CLUSTER, mine = rank * SHARE;
+constexpr int SHARE = (HEADS * (DV / 4) + SPLITS - 1) / SPLITS;
+__shared__ float4 given[SPLITS * SHARE];
+__shared__ float2 given_ends[SPLITS * HEADS];
+const int mine = split * SHARE;
 const int end = max(mine, min(mine + SHARE, heads * (DV / 4)));
 // Gives four elements of a head to the block that adds them up, with the maximum and the sum of
 // weights where they are the first of that head there.
 auto give = [&](int h, int f, float4 sum, float2 ends) {
   const int i = h * (DV / 4) + f, owner = i / SHARE, slot = i % SHARE;
-  give_to(given + rank * SHARE + slot, &barrier, owner, sum);
+  give_to(given + split * SHARE + slot, &barrier, owner, sum);
   if (f == 0 || slot == 0) {
-    give_to(given_ends + rank * HEADS + h, &barrier, owner, ends);
+    give_to(given_ends + split * HEADS + h, &barrier, owner, ends);
   }
 };
-// Of the cluster's blocks these have positions, and give.
-const int givers = min(CLUSTER, tiles - split + rank);
+// The first blocks have positions, and give.
+const int givers = min(SPLITS, tiles);
 if (thread == 0) {
   const int heads_here = end > mine ? (end - 1) / (DV / 4) - mine / (DV / 4) + 1 : 0;
   expect(&barrier, givers * (int)((end - mine) * sizeof(float4) + heads_here * sizeof(float2)));
@@ -108,34 +100,16 @@ COLLECT = """
 wait_for_all(&barrier);
 for (int i = mine + thread; i < end; i += THREADS) {
   const int h = i / (DV / 4), f = i % (DV / 4);
-  float2 ends[CLUSTER];
-  float4 some[CLUSTER];
+  float4 some[SPLITS];
+  float2 ends[SPLITS];
   UNROLL
-  for (int s = 0; s < CLUSTER; ++s) {
-    ends[s] = make_float2(-INFINITY, 0.0f);
-    some[s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (s < givers) {
-      ends[s] = given_ends[s * HEADS + h];
-      some[s] = given[s * SHARE + i - mine];
-    }
+  for (int s = 0; s < SPLITS; ++s) {
+    const int giver = min(s, givers - 1);
+    some[s] = given[giver * SHARE + i - mine];
+    ends[s] = given_ends[giver * HEADS + h];
   }
-  float2 all;
-  const float4 sum = added(some, ends, all);
-$write}
-"""
-# Blocks of one cluster that have elements of the same head write the same ends.
-WRITE_PART = """  const int part = row * (SPLITS / CLUSTER) + split / CLUSTER;
-  float* to = sums + (part * HEADS + h) * (DV + 4);
-  *(float4*)(to + 4 * f) = sum;
-  if (f == 0 || i == mine) {
-    *(float2*)(to + DV) = all;
-  }
-"""
-#: How parts of clusters are joined: those of each share by themselves.
-JOINED = {
-    "most": "SPLITS / CLUSTER",
-    "parts": "min(PARTS, (tiles + CLUSTER - 1) / CLUSTER)",
-    "counter": " + rank",
-    "low": "mine",
-    "high": "end",
+  Added all;
+  all.add(some, ends, givers);
+  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, all.sum, all.ends.y);
 }
+"""

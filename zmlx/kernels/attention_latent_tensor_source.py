@@ -419,6 +419,7 @@ _WRITE_ENDS = """  if (warp == 0 && c == 0) {
 # With many parts the last block of each few adds those up into the place of the first, and the last
 # of these the rest; their maxima and totals go to places of their own, for others read the first.
 _JOIN = """
+constexpr int TOGETHER = SPLITS < 8 ? SPLITS : 8;
 const int parts = min(SPLITS, tiles);
 const int fan = parts <= 16 ? parts : (int)ceilf(sqrtf((float)parts));
 int begin = split / fan * fan, apart = 1, count = min(fan, parts - begin);
@@ -440,36 +441,24 @@ for (int level = 0; level < 2; ++level) {
   for (int i = thread; i < heads * (D / 4); i += THREADS) {
     const int h = i / (D / 4), f = i % (D / 4);
     float* const from = sums + ((row * SPLITS + begin) * HEADS + h) * (D + 4);
-    float peak = -INFINITY, all = 0.0f;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int s = 0; s < count; s += 8) {
-      float4 some[8];
-      float2 ends[8];
-      float top = peak;
+    Added all;
+    for (int s = 0; s < count; s += TOGETHER) {
+      float4 some[TOGETHER];
+      float2 ends[TOGETHER];
       UNROLL
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < TOGETHER; ++j) {
         const float* there = from + min(s + j, count - 1) * apart * HEADS * (D + 4);
         some[j] = __ldcg((const float4*)(there + 4 * f));
         ends[j] = __ldcg((const float2*)(there + D + 2 * level));
-        top = fmaxf(top, ends[j].x);
       }
-      float fade = power_of_two(peak - top);
-      all *= fade;
-      sum = plus(make_float4(0.0f, 0.0f, 0.0f, 0.0f), fade, sum);
-      UNROLL
-      for (int j = 0; j < 8; ++j) {
-        float weight = s + j < count ? power_of_two(ends[j].x - top) : 0.0f;
-        all = fmaf(weight, ends[j].y, all);
-        sum = plus(sum, weight, some[j]);
-      }
-      peak = top;
+      all.add(some, ends, count - s);
     }
     if (all_parts) {
-      write_four(out + (batch * SHARED + head + h) * D + 4 * f, sum, all);
+      write_four(out + (batch * SHARED + head + h) * D + 4 * f, all.sum, all.ends.y);
     } else {
-      *(float4*)(from + 4 * f) = sum;
+      *(float4*)(from + 4 * f) = all.sum;
       if (f == 0) {
-        *(float2*)(from + D + 2) = make_float2(peak, all);
+        *(float2*)(from + D + 2) = all.ends;
       }
     }
   }
@@ -510,7 +499,7 @@ def attention(variant: Variant) -> str:
     )
     if variant.cluster > 1:
         attend = filled(_ATTEND, meet=clusters.MEET, write=_GIVE, ends="") + _MEET_ANYWAY
-        return place + clusters.SHARES + prepare + attend + plain.collected(variant)
+        return place + clusters.SHARES + prepare + attend + clusters.COLLECT
     joined = variant.form == "joined"
     attend = filled(
         _ATTEND,

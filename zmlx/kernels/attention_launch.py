@@ -18,7 +18,7 @@ from zmlx.kernels import (
     attention_source,
     attention_tensor_source,
 )
-from zmlx.kernels.attention_clusters import CLUSTER, FEW
+from zmlx.kernels.attention_clusters import SIZES
 from zmlx.kernels.attention_latent_tensor_source import MOST_THREADS, SLICE
 from zmlx.kernels.attention_source import AHEAD, CHUNK, THREADS, Variant
 from zmlx.kernels.attention_tensor_source import WARPS
@@ -43,6 +43,8 @@ _LATENT_TILE = 32
 _TILES = 4
 #: Up to this capacity tiles are asked for before it is known which hold anything.
 _AT_ONCE = 1024
+#: Most positions that one cluster works on by default: with more, more blocks are faster.
+CLUSTERED = 512
 #: Most elements there for which a block has room for what others of its cluster give it.
 _CLUSTER_SIZE = 128
 #: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
@@ -71,7 +73,7 @@ class Layout:
         tile: positions that a warp, or for latents a block, has at a time on CUDA's tensor cores;
             0 elsewhere.
         at_once: the first tiles are read without waiting for the state.
-        cluster: threadgroups along the positions that are a cluster, 1 without clusters.
+        cluster: threadgroups of a cluster: all those along the positions, or 1 without clusters.
     """
 
     batch: int
@@ -102,9 +104,11 @@ class Layout:
         window: int | None = None,
         splits: int | None = None,
         tensor: bool = False,
-        clusters: bool = False,
     ) -> Layout:
-        """Lay out a call, for CUDA's tensor cores if `tensor`, and there in clusters if `clusters`.
+        """Lay out a call, for CUDA's tensor cores if `tensor`.
+
+        On a device that has clusters there are as many splits where they may be one as where they
+        may not, so that results are the same (`may_cluster`).
 
         Raises:
             ValueError: `splits` or `window` is out of range.
@@ -120,11 +124,13 @@ class Layout:
         seen = min(room, window or room)
         tile = _tile(seen, max(size, value_size), rope_size) if tensor else 0
         least = tile or LEAST
-        clusters &= rope_size > 0 or max(size, value_size) <= _CLUSTER_SIZE
+        fits = tensor and (rope_size > 0 or max(size, value_size) <= _CLUSTER_SIZE)
         if splits is None:
             least = (2 if rope_size else _TILES) * tile or LEAST
-            splits = min(THREADGROUPS // (batch * kv_heads * groups), -(-seen // least))
-            splits = max(1, _in_clusters(splits) if clusters else splits)
+            splits = max(1, min(THREADGROUPS // (batch * kv_heads * groups), -(-seen // least)))
+            fits &= seen <= CLUSTERED
+            if fits and has_clusters():
+                splits = max(size for size in (1, *SIZES) if size <= splits)
         elif not 1 <= splits <= CHUNK - 2:
             raise ValueError(f"splits={splits}; give a number from 1 to {CHUNK - 2}")
         splits = min(splits, -(-seen // least))
@@ -143,7 +149,7 @@ class Layout:
             state_step=0 if state.ndim == 1 else 3,
             tile=tile,
             at_once=tensor and not window and room <= _AT_ONCE,
-            cluster=_cluster(splits) if clusters else 1,
+            cluster=splits if fits and splits in SIZES and may_cluster() else 1,
         )
 
     @property
@@ -174,7 +180,7 @@ class Layout:
     @property
     def sums(self) -> tuple[int, ...]:
         """Shape of the parts: sums over values, the maximum, the sum of weights, two unused."""
-        return self.rows, self.splits // self.cluster, self.heads, self.value_size + 4
+        return self.rows, self.splits, self.heads, self.value_size + 4
 
     @property
     def threads(self) -> int:
@@ -205,7 +211,6 @@ class Layout:
     def _tensor_numbers(self) -> dict[str, int]:
         return {
             **({"E": self.rope_size} if self.rope_size else {"WARPS": WARPS}),
-            **({"CLUSTER": self.cluster} if self.cluster > 1 else {}),
             "KEYS": self.tile,
             "AT_ONCE": int(self.at_once),
             "BATCHED": int(self.batch > 1),
@@ -308,13 +313,18 @@ def launched(
     return out
 
 
+def has_clusters() -> bool:
+    """Whether blocks of the CUDA device can be clusters: from compute capability 9.0 on."""
+    return architecture() >= 90
+
+
 def may_cluster() -> bool:
-    """Whether launches on CUDA may be of clusters of blocks: in recordings, from 9.0 on.
+    """Whether launches on CUDA may be of clusters of blocks: in recordings, where there are any.
 
     MLX gives graphs that it has built other kernels later, and an update of CUDA's may leave a node
     with the clusters of the kernel before.
     """
-    return is_recording() and architecture() >= 90
+    return is_recording() and has_clusters()
 
 
 def fits_tensor_cores(
@@ -358,18 +368,6 @@ def _tile(positions: int, size: int, rope_size: int) -> int:
     if rope_size:
         return _LATENT_TILE
     return 32 if positions > _AT_ONCE and size <= 64 else 16
-
-
-def _in_clusters(splits: int) -> int:
-    """Return the most blocks, no more than `splits`, that are clusters."""
-    return next((n for n in range(splits, 1, -1) if _cluster(n) > 1), 1)
-
-
-def _cluster(splits: int) -> int:
-    """Return how many of so many blocks are a cluster, 1 if they are none."""
-    if splits <= CLUSTER:
-        return splits if splits == _power_of_two(splits) else 1
-    return FEW if splits % FEW == 0 else 1
 
 
 def _lanes(vectors: int) -> tuple[int, int]:

@@ -121,7 +121,7 @@ class Variant:
         latent: values are the keys, and a part of queries and keys that is rotated lies apart.
         tensor: the text for CUDA's tensor cores runs (`attention_tensor_source`).
         cluster: threadgroups along the positions that are a cluster (`attention_clusters`), 1 where
-            there are none; in the forms "whole" and "joined" for tensor cores.
+            there are none; in the form "whole" for tensor cores.
     """
 
     q_norm: bool

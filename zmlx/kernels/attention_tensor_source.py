@@ -288,24 +288,30 @@ inline float4 plus(float4 a, float weight, float4 b) {
   return make_float4(fmaf(weight, b.x, a.x), fmaf(weight, b.y, a.y), fmaf(weight, b.z, a.z),
                      fmaf(weight, b.w, a.w));
 }
-// Adds up the sums of parts; of `ends` each has its maximum and the sum of its weights, and so has
-// `all` afterwards.
-template <int N>
-inline float4 added(const float4 (&some)[N], const float2 (&ends)[N], float2& all) {
+// Parts of a softmax over all positions: each has its maximum and the sum of its weights.
+struct Added {
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  all = make_float2(-INFINITY, 0.0f);
-  UNROLL
-  for (int n = 0; n < N; ++n) {
-    all.x = fmaxf(all.x, ends[n].x);
+  float2 ends = make_float2(-INFINITY, 0.0f);
+  // Adds the first `count` of some parts; others are ones of these once more. Blocks of a cluster
+  // and the last of those that are none both go by this, so they find the same, bit for bit.
+  template <int N>
+  void add(const float4 (&some)[N], const float2 (&its_ends)[N], int count) {
+    float top = ends.x;
+    UNROLL
+    for (int n = 0; n < N; ++n) {
+      top = fmaxf(top, its_ends[n].x);
+    }
+    const float fade = power_of_two(ends.x - top);
+    ends = make_float2(top, fade * ends.y);
+    sum = plus(make_float4(0.0f, 0.0f, 0.0f, 0.0f), fade, sum);
+    UNROLL
+    for (int n = 0; n < N; ++n) {
+      const float weight = n < count ? power_of_two(its_ends[n].x - top) : 0.0f;
+      ends.y = fmaf(weight, its_ends[n].y, ends.y);
+      sum = plus(sum, weight, some[n]);
+    }
   }
-  UNROLL
-  for (int n = 0; n < N; ++n) {
-    float weight = power_of_two(ends[n].x - all.x);
-    all.y = fmaf(weight, ends[n].y, all.y);
-    sum = plus(sum, weight, some[n]);
-  }
-  return sum;
-}
+};
 template <typename T>
 inline void write_four(T* to, float4 sum, float all) {
   float by = 1.0f / all;
@@ -644,6 +650,7 @@ ${shares}for (int i = thread; i < (active > 0 ? heads * (DV / 4) : 0); i += THRE
   const int h = i / (DV / 4), f = i % (DV / 4);
   float2 ends[WARPS];
   float4 some[WARPS];
+  float peak = -INFINITY, all = 0.0f;
   UNROLL
   for (int w = 0; w < WARPS; ++w) {
     ends[w] = make_float2(-INFINITY, 0.0f);
@@ -652,30 +659,34 @@ ${shares}for (int i = thread; i < (active > 0 ? heads * (DV / 4) : 0); i += THRE
       ends[w] = totals[w * HEADS + h];
       some[w] = meeting[(w * HEADS + h) * LINE + (f ^ (f / 8 & 1))];
     }
+    peak = fmaxf(peak, ends[w].x);
   }
-  float2 all;
-  const float4 sum = added(some, ends, all);
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  UNROLL
+  for (int w = 0; w < WARPS; ++w) {
+    float weight = power_of_two(ends[w].x - peak);
+    all = fmaf(weight, ends[w].y, all);
+    sum = plus(sum, weight, some[w]);
+  }
 $write}
 """
-WRITE_WHOLE = """  const int of_head = batch * KV_HEADS * SHARED + head + h;
-  write_four(out + of_head * DV + 4 * f, sum, all.y);
+WRITE_WHOLE = """  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, sum, all);
 """
 WRITE_PART = """  float* to = sums + ((row * SPLITS + split) * HEADS + h) * (DV + 4);
   *(float4*)(to + 4 * f) = sum;
   if (f == 0) {
-    *(float2*)(to + DV) = all;
+    *(float2*)(to + DV) = make_float2(peak, all);
   }
 """
-GIVE = """  give(h, f, sum, all);
+GIVE = """  give(h, f, sum, make_float2(peak, all));
 """
 # As many parts at a time as there are registers for.
 JOIN = """
-constexpr int PARTS = $most;
-const int parts = $parts;
+const int parts = min(SPLITS, tiles);
 __shared__ bool is_last;
 __syncthreads();
 if (thread == 0) {
-  int* counter = (int*)counters + row * COUNTERS$counter;
+  int* counter = (int*)counters + row * COUNTERS;
   is_last = counted(counter) == parts - 1;
   if (is_last) {
     *counter = 0;
@@ -685,38 +696,23 @@ __syncthreads();
 if (!is_last) {
   return;
 }
-constexpr int ROUNDS = (PARTS + 11) / 12, TOGETHER = (PARTS + ROUNDS - 1) / ROUNDS;
-for (int i = $low + thread; i < $high; i += THREADS) {
+constexpr int ROUNDS = (SPLITS + 11) / 12, TOGETHER = (SPLITS + ROUNDS - 1) / ROUNDS;
+for (int i = thread; i < heads * (DV / 4); i += THREADS) {
   const int h = i / (DV / 4), f = i % (DV / 4);
-  const float* from = sums + (row * PARTS * HEADS + h) * (DV + 4);
-  float peak = -INFINITY, all = 0.0f;
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const float* from = sums + (row * SPLITS * HEADS + h) * (DV + 4);
+  Added all;
   for (int s = 0; s < parts; s += TOGETHER) {
     float4 some[TOGETHER];
     float2 ends[TOGETHER];
-    float top = peak;
     UNROLL
     for (int j = 0; j < TOGETHER; ++j) {
       const float* there = from + min(s + j, parts - 1) * HEADS * (DV + 4);
       some[j] = __ldcg((const float4*)(there + 4 * f));
       ends[j] = __ldcg((const float2*)(there + DV));
     }
-    UNROLL
-    for (int j = 0; j < TOGETHER; ++j) {
-      top = fmaxf(top, ends[j].x);
-    }
-    float fade = power_of_two(peak - top);
-    all *= fade;
-    sum = plus(make_float4(0.0f, 0.0f, 0.0f, 0.0f), fade, sum);
-    UNROLL
-    for (int j = 0; j < TOGETHER; ++j) {
-      float weight = s + j < parts ? power_of_two(ends[j].x - top) : 0.0f;
-      all = fmaf(weight, ends[j].y, all);
-      sum = plus(sum, weight, some[j]);
-    }
-    peak = top;
+    all.add(some, ends, parts - s);
   }
-  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, sum, all);
+  write_four(out + (batch * KV_HEADS * SHARED + head + h) * DV + 4 * f, all.sum, all.ends.y);
 }
 """
 
@@ -727,10 +723,8 @@ def header(variant: Variant) -> str:
 
 
 def leave(variant: Variant) -> str:
-    """Return what blocks do that have no positions."""
-    if variant.cluster > 1:  # alone a cluster has some, and all its blocks stay
-        return clusters.LEAVE if variant.form == "joined" else ""
-    return LEAVE
+    """Return what blocks do that have no positions; those of a cluster stay."""
+    return "" if variant.cluster > 1 else LEAVE
 
 
 def frequencies(variant: Variant) -> str:
@@ -781,19 +775,9 @@ def attention(variant: Variant) -> str:
 
 
 def _ending(variant: Variant) -> str:
-    joined = variant.form == "joined"
     if variant.cluster > 1:
         shares = clusters.SHARES + clusters.MEET
-        return filled(MEET, shares=shares, write=GIVE) + collected(variant)
-    if not joined:
-        return filled(MEET, shares="", write=WRITE_WHOLE)
-    alone = {"most": "SPLITS", "parts": "min(SPLITS, tiles)", "counter": ""}
-    join = filled(JOIN, **alone, low="0", high="heads * (DV / 4)")
-    return filled(MEET, shares="", write=WRITE_PART) + join
-
-
-def collected(variant: Variant) -> str:
-    """Return what becomes of the sums that blocks of a cluster gave each other."""
-    if variant.form == "whole":
-        return filled(clusters.COLLECT, write=WRITE_WHOLE)
-    return filled(clusters.COLLECT, write=clusters.WRITE_PART) + filled(JOIN, **clusters.JOINED)
+        return filled(MEET, shares=shares, write=GIVE) + clusters.COLLECT
+    if variant.form == "joined":
+        return filled(MEET, shares="", write=WRITE_PART) + JOIN
+    return filled(MEET, shares="", write=WRITE_WHOLE)

@@ -16,9 +16,9 @@ Keys and values are read once for all query heads that share them. The positions
 threadgroups, whose sums are combined: on CUDA by the last threadgroup that arrives, in the same
 launch; elsewhere, where no threadgroup may rely on what another one wrote, by a second launch.
 CUDA's tensor cores compute it where queries and caches have the same 16 bits and their sizes fit
-(`fits_tensor_cores`). In recordings, on devices of compute capability 9.0 and later, the blocks
-along the positions are then clusters, which add up in each other's shared memory
-(`attention_clusters`).
+(`fits_tensor_cores`). In recordings, on devices of compute capability 9.0 and later, few blocks
+along the positions are then a cluster, which adds up in each other's shared memory, to the same
+numbers (`attention_clusters`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import mlx.core as mx
 
 from zmlx.backend import for_kernels
 from zmlx.backend.capability import has_tensor_cores
-from zmlx.kernels.attention_launch import Layout, fits_tensor_cores, launched, may_cluster
+from zmlx.kernels.attention_launch import Layout, fits_tensor_cores, launched
 from zmlx.kernels.attention_source import Variant
 from zmlx.kernels.rope import Rope, bits, kind_of, rope_template
 from zmlx.kernels.rows import SIMD, check_floats, check_vectors, wide
@@ -144,7 +144,8 @@ def decode_attention(
         window: attend only to the last `window` positions of the buffers, which must be in order.
         after: an array that is computed before this runs, and not read.
         splits: threadgroups for the positions of one sequence and head; by default what fills a
-            large GPU. Where clusters are possible 2, 4, 8 and larger multiples of 4 are clusters.
+            large GPU, and no more than a cluster has where contexts are short. 2, 4 and 8 are one
+            cluster where there may be clusters.
         counters: (N,) int32 zeros, 17 for each sequence and group of up to 8 query heads that share
             a kv head; they are zeros again afterwards. Two launches that may run at once, as those
             of one evaluation may if neither needs the other's result, need different ones; by
@@ -169,16 +170,7 @@ def decode_attention(
         and fits_tensor_cores(q, keys, values.shape[3], (q_norm, k_norm), rope, numbers)
         and has_tensor_cores()
     )
-    layout = Layout.of(
-        q,
-        keys,
-        values.shape[3],
-        state,
-        window=window,
-        splits=splits,
-        tensor=tensor,
-        clusters=tensor and may_cluster(),
-    )
+    layout = Layout.of(q, keys, values.shape[3], state, window=window, splits=splits, tensor=tensor)
     variant = Variant(
         q_norm=q_norm is not None,
         k_norm=k_norm is not None,

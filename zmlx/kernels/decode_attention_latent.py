@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from zmlx.backend import for_kernels
 from zmlx.backend.capability import has_tensor_cores
-from zmlx.kernels.attention_launch import Layout, latents_fit_tensor_cores, launched, may_cluster
+from zmlx.kernels.attention_launch import Layout, latents_fit_tensor_cores, launched
 from zmlx.kernels.attention_source import Variant
 from zmlx.kernels.rope import Rope, bits, kind_of, rope_template
 from zmlx.kernels.rows import SIMD, check_floats, check_vectors, wide
@@ -133,16 +133,7 @@ def decode_attention_latent(
         and latents_fit_tensor_cores(q, latents, rope, numbers)
         and has_tensor_cores()
     )
-    layout = Layout.of(
-        q,
-        latents,
-        size,
-        state,
-        rope_size=rope_size,
-        splits=splits,
-        tensor=tensor,
-        clusters=tensor and may_cluster(),
-    )
+    layout = Layout.of(q, latents, size, state, rope_size=rope_size, splits=splits, tensor=tensor)
     variant = Variant(
         q_norm=False,
         k_norm=norm is not None,
