@@ -123,7 +123,7 @@ def test_nothing_else_is_written_and_nothing_beyond_the_length_counts(splits):
 
 #: batch, heads, size, rotated, capacity; options; blocks of the cluster
 CLUSTERED = {
-    "norm": ((1, 20, 512, 64, 512), {"norm": 1 + normal(512, seed=9, dtype=BF16) / 4}, 8),
+    "norm": ((1, 20, 512, 64, 512), {"norm": 1 + normal(512, seed=9, dtype=F16) / 4}, 8),
     "rows": ((5, 26, 72, 24, 500), {"rope": Rope(24, traditional=True)}, 4),
     "both": ((2, 9, 96, 64, 200), {"norm": 1 + normal(96, seed=9) / 4, "rope": Rope(64)}, 4),
     "two": ((1, 1, 32, 8, 300), {"splits": 2}, 2),
@@ -136,7 +136,7 @@ def test_clusters_give_what_joined_blocks_give(case, monkeypatch):
     """Of lengths with fewer tiles than there are blocks, and of rings, too."""
     shapes, options, cluster = CLUSTERED[case]
     batch, capacity = shapes[0], shapes[-1]
-    *new, latents, rope_keys = arrays(*shapes, BF16)
+    *new, latents, rope_keys = arrays(*shapes, F16)
     for length in (1, 33, 75, capacity // 2 + 1, capacity):
         at = state(length // 2, length=length)
         if batch > 1:
