@@ -7,8 +7,6 @@ traced, rewritten and replayed is what a GPU replays.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from zoo.build import build
 from zoo.configs import config_of
+from zoo.devices import on_cpu
 
 from zmlx.graph.lending import is_lent
 from zmlx.graph.program import DecodeProgram
@@ -71,21 +70,6 @@ def filled(
     with on_cpu():
         mx.eval(model(prompt, cache=cache))
     return cache
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Let MLX run on the CPU until the block ends.
-
-    Of products of float32 and quantized weights MLX 0.32.4 has some on CUDA devices that are wrong,
-    differently each time, when there are few tokens and rows are short, and lacks others.
-    """
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    try:
-        yield
-    finally:
-        mx.set_default_device(before)
 
 
 def step(model: nn.Module, cache: list[Any], token: int) -> mx.array:

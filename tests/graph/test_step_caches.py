@@ -21,7 +21,8 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from stepped import PROMPT, deviation, filled, lent, on_cpu, programs, step, stepped, steps_of, two
+from stepped import PROMPT, deviation, filled, lent, programs, step, stepped, steps_of, two
+from zoo.devices import on_cpu
 
 from zmlx.graph.caches import leaves
 from zmlx.graph.lending import ROOM, rows_for
