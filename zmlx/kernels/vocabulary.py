@@ -1,0 +1,246 @@
+"""Reductions of few long rows, as logits over a vocabulary are: logsumexp and argmax.
+
+    logsumexp   y = log(sum_i exp(x[i]))
+    argmax      y = the first i with x[i] = max_j x[j]
+
+MLX gives a row to one threadgroup, which then reads it alone. Here each row is divided into parts
+of `PART` elements, a threadgroup for each, and a second launch combines what they found: no
+threadgroup relies on what another one of its launch wrote. Elements are read one by one, since rows
+of odd lengths begin anywhere; with so many threads enough of them are on the way. Everything is
+computed in float32, and logsumexp is rounded once.
+
+NaN and infinities are treated as MLX's kernels for GPUs do. argmax never chooses NaN: a row of
+nothing but NaN and -inf gives 0. logsumexp is NaN where an element is, unless +inf is among them,
+which gives inf (in MLX's kernel for CUDA that depends on their order); of -inf alone it is -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from zmlx.backend.definition import Definition, Launch
+from zmlx.kernels.rows import REDUCTIONS, SIMD, check_rows, count_rows
+from zmlx.kernels.spec import KernelSpec, Sample, register
+
+_THREADS = 256
+_ITEMS = 8
+#: Elements of a part of a row, each thread's `_ITEMS` apart by the number of threads.
+PART = _THREADS * _ITEMS
+
+Compile = Callable[[Definition], Launch]
+
+_POSITION = """
+threadgroup float partial[32];
+uint lane = thread_index_in_simdgroup;
+uint group = simdgroup_index_in_threadgroup;
+uint groups = simdgroups_per_threadgroup;
+uint thread_in_row = thread_position_in_threadgroup.x;
+"""
+#: This thread's elements of a part, -inf beyond the row's end.
+_VALUES = f"""{_POSITION}
+uint length = x_shape[x_ndim - 1];
+uint parts = (length + {PART - 1}) / {PART};
+uint part = threadgroup_position_in_grid.x;
+size_t start = size_t(part / parts) * length;
+uint first = part % parts * {PART} + thread_in_row;
+float values[{_ITEMS}];
+for (uint i = 0; i < {_ITEMS}; ++i) {{
+  uint at = first + i * {_THREADS};
+  values[i] = at < length ? float(x[start + at]) : -INFINITY;
+}}
+"""
+#: A row's parts, of which this thread has those from `start + thread_in_row` on.
+_PARTS = f"""{_POSITION}
+uint threads = threads_per_threadgroup.x;
+uint row = threadgroup_position_in_grid.x;
+uint parts = PARTS;
+size_t start = size_t(row) * parts;
+"""
+_FIRST = """
+inline uint row_first(
+    uint index, threadgroup uint* partial, uint lane, uint group, uint groups) {
+  index = simd_min(index);
+  if (lane == 0) {
+    partial[group] = index;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return simd_min(lane < groups ? partial[lane] : 0xffffffffu);
+}
+"""
+# `base` is what is subtracted: exp(-inf - -inf) would be NaN.
+_LOGSUMEXP_PARTS = f"""{_VALUES}
+float largest = -INFINITY;
+for (uint i = 0; i < {_ITEMS}; ++i) {{
+  largest = values[i] > largest ? values[i] : largest;
+}}
+largest = row_max(largest, partial, lane, group, groups);
+float base = largest > -INFINITY ? largest : 0.0f;
+float total = 0.0f;
+for (uint i = 0; i < {_ITEMS}; ++i) {{
+  total += metal::exp(values[i] - base);
+}}
+total = row_sum(total, partial, lane, group, groups);
+if (thread_in_row == 0) {{
+  maxima[part] = largest;
+  sums[part] = total;
+}}
+"""
+_LOGSUMEXP_WHOLE = f"""{_PARTS}
+float largest = -INFINITY;
+for (uint i = thread_in_row; i < parts; i += threads) {{
+  largest = metal::max(largest, maxima[start + i]);
+}}
+largest = row_max(largest, partial, lane, group, groups);
+float base = largest > -INFINITY ? largest : 0.0f;
+float total = 0.0f;
+for (uint i = thread_in_row; i < parts; i += threads) {{
+  total += sums[start + i] * metal::exp(maxima[start + i] - base);
+}}
+total = row_sum(total, partial, lane, group, groups);
+if (thread_in_row == 0) {{
+  out[row] = T(base < INFINITY ? metal::log(total) + base : base);
+}}
+"""
+_CHOICE = """
+float largest = row_max(best, partial, lane, group, groups);
+threadgroup uint indices_of_groups[32];
+uint found = row_first(
+    best == largest ? index : 0xffffffffu, indices_of_groups, lane, group, groups);
+"""
+_ARGMAX_PARTS = f"""{_VALUES}
+float best = -INFINITY;
+uint index = 0;
+for (uint i = 0; i < {_ITEMS}; ++i) {{
+  if (values[i] > best) {{
+    best = values[i];
+    index = first + i * {_THREADS};
+  }}
+}}
+{_CHOICE}
+if (thread_in_row == 0) {{
+  maxima[part] = largest;
+  indices[part] = found;
+}}
+"""
+_ARGMAX_WHOLE = f"""{_PARTS}
+float best = -INFINITY;
+uint index = 0;
+for (uint i = thread_in_row; i < parts; i += threads) {{
+  float value = maxima[start + i];
+  if (value > best) {{
+    best = value;
+    index = indices[start + i];
+  }}
+}}
+{_CHOICE}
+if (thread_in_row == 0) {{
+  out[row] = found;
+}}
+"""
+
+
+def _pair(name: str, second: str, parts: str, whole: str) -> tuple[Definition, Definition]:
+    """Return a reduction's two kernels; `second` is what is known of a part beside its maximum."""
+    header = REDUCTIONS + _FIRST
+    outputs = ("maxima", second)
+    return (
+        Definition(f"{name}_parts", ("x",), outputs, parts, header),
+        Definition(name, outputs, ("out",), whole, header),
+    )
+
+
+_LOGSUMEXP = _pair("logsumexp", "sums", _LOGSUMEXP_PARTS, _LOGSUMEXP_WHOLE)
+_ARGMAX = _pair("argmax", "indices", _ARGMAX_PARTS, _ARGMAX_WHOLE)
+
+
+def _reduced(
+    pair: tuple[Definition, Definition],
+    compiled: Compile,
+    x: mx.array,
+    *,
+    second: mx.Dtype,
+    out: mx.Dtype,
+) -> mx.array:
+    """Launch both kernels; `second` and `out` are the dtypes of their last outputs."""
+    length = check_rows(x=x)
+    rows, parts = count_rows(x), -(-length // PART)
+    of_parts = compiled(pair[0])(
+        inputs=[x],
+        output_shapes=[(rows, parts)] * 2,
+        output_dtypes=[mx.float32, second],
+        grid=(rows * parts * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+    )
+    threads = min(1024, SIMD * -(-parts // SIMD))
+    return compiled(pair[1])(
+        inputs=of_parts,
+        output_shapes=[(*x.shape[:-1], 1)],
+        output_dtypes=[out],
+        grid=(rows * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        template=[("T", out), ("PARTS", parts)],
+    )[0]
+
+
+def launch_logsumexp(compiled: Compile, x: mx.array) -> mx.array:
+    """Compute logsumexp over the last axis, which stays.
+
+    Args:
+        compiled: compiles a definition.
+        x: (..., V) float32, float16 or bfloat16, not empty.
+
+    Returns:
+        (..., 1) in the dtype of `x`.
+
+    Raises:
+        TypeError: `x` has another dtype.
+        ValueError: `x` has no axes or no elements.
+    """
+    if x.size == 0:  # MLX says so
+        return mx.logsumexp(x, axis=-1, keepdims=True)
+    return _reduced(_LOGSUMEXP, compiled, x, second=mx.float32, out=x.dtype)
+
+
+def launch_argmax(compiled: Compile, x: mx.array) -> mx.array:
+    """Find the first largest element along the last axis, which stays.
+
+    Args:
+        compiled: compiles a definition.
+        x: (..., V) float32, float16 or bfloat16, not empty.
+
+    Returns:
+        (..., 1) uint32.
+
+    Raises:
+        TypeError: `x` has another dtype.
+        ValueError: `x` has no axes or no elements.
+    """
+    if x.size == 0:  # MLX says so
+        return mx.argmax(x, axis=-1, keepdims=True)
+    return _reduced(_ARGMAX, compiled, x, second=mx.uint32, out=mx.uint32)
+
+
+def _argmax_reference(x: mx.array) -> mx.array:
+    return mx.argmax(x, axis=-1, keepdims=True)
+
+
+def _argmax_sample(*, dtype: mx.Dtype) -> Sample:
+    x = mx.random.normal((2, 9001), key=mx.random.key(1)).astype(dtype)
+    return Sample((mx.minimum(x, 3).astype(dtype),))  # several are 3
+
+
+ARGMAX = register(
+    KernelSpec(
+        name="argmax",
+        domain="reductions",
+        formula="y = the first i with x[i] = max_j x[j]",
+        shapes=("x (..., V) float", "y (..., 1) uint32"),
+        reference=_argmax_reference,
+        sample=_argmax_sample,
+        contract={"metal": "exact", "cuda": "exact"},
+        fused=launch_argmax,
+        tolerance={"uint32": 0.0},
+    )
+)
