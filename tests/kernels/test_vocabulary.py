@@ -83,7 +83,7 @@ def test_argmax_is_that_of_the_device(dtype):
     assert mx.array_equal(argmax(x), mx.argmax(x, axis=-1, keepdims=True))
 
 
-def test_nothing_is_refused_in_stocks_words():
+def test_empty_arrays_are_refused_as_by_stock():
     for kernel in (argmax, logsumexp):
         with pytest.raises(ValueError, match=r"(zero size|empty) array"):
             mx.eval(kernel(mx.zeros((2, 0))))

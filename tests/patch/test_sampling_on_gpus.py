@@ -1,0 +1,180 @@
+"""mlx-lm's loops and samplers with the kernels for GPUs, in the emulator where there is none."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import mlx.core as mx
+import mlx_lm.generate  # noqa: F401 - a function of that name hides the module
+import pytest
+from gpu_path import BACKENDS, on_gpu
+from mlx_lm.sample_utils import make_sampler
+
+from zmlx.patch import patch, unpatch
+from zmlx.runtime import sampling
+
+GENERATE, SAMPLERS = (sys.modules[f"mlx_lm.{name}"] for name in ("generate", "sample_utils"))
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Kernel -> calls; rows of the models here, of 101 elements, are long ones."""
+    gc.collect()
+    sampling._USERS.clear()
+    monkeypatch.setattr(sampling, "SHORT", 64)
+    with on_gpu() as counted:
+        yield counted
+    assert GENERATE.mx is mx
+    assert SAMPLERS.mx is mx
+
+
+@pytest.fixture
+def model(make_llama):
+    model = make_llama()
+    sampling.use(model, BACKENDS[-1])
+    yield model
+    sampling.release(model)
+
+
+def tokens_of(model, sampler=None):
+    steps = GENERATE.generate_step(mx.array([1, 5, 9]), model, max_tokens=12, sampler=sampler)
+    return [token for token, _ in steps]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_greedy_text_is_stocks(make_llama, calls, dtype):
+    model = make_llama(dtype=dtype)
+    stock = tokens_of(model), tokens_of(model, make_sampler(temp=0.0))
+    sampling.use(model, BACKENDS[-1])
+    calls.clear()
+    assert (tokens_of(model), tokens_of(model, make_sampler(temp=0.0))) == stock
+    assert set(calls) == {"logsumexp", "argmax"}
+    sampling.release(model)
+
+
+def test_a_patched_model_brings_them(make_llama, calls):
+    model = make_llama(layers=2)
+    stock = tokens_of(model)
+    patch(model)
+    assert all(isinstance(m.mx, sampling.Namespace) for m in (GENERATE, SAMPLERS))
+    calls.clear()
+    assert tokens_of(model) == stock
+    assert {"logsumexp", "argmax"} <= set(calls)
+    unpatch(model)
+
+
+def test_batches_are_stocks(model, calls):
+    prompts = [[1, 5, 9], [7], [3, 4]]
+
+    def texts():
+        batch = GENERATE.BatchGenerator(model, max_tokens=5, stop_tokens=[])
+        found = {uid: [] for uid in batch.insert(prompts)}
+        while responses := batch.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+        return list(found.values())
+
+    ours = texts()
+    assert {"logsumexp", "argmax"} <= set(calls)
+    sampling.release(model)
+    assert texts() == ours
+    assert [len(text) for text in ours] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_argmax(model, calls, dtype):
+    calls.clear()
+    x = mx.random.normal((2, 3, 101), key=mx.random.key(1)).astype(dtype)
+    for ask in ({"axis": -1}, {"axis": 2, "keepdims": True}):
+        for module in (GENERATE, SAMPLERS):
+            found = module.mx.argmax(x, **ask)
+            assert found.dtype == mx.uint32
+            assert mx.array_equal(found, mx.argmax(x, **ask))
+    assert mx.array_equal(SAMPLERS.mx.argmax(x, -1, True), mx.argmax(x, -1, True))
+    assert calls["argmax"] >= 2
+
+
+def test_calls_that_stay_stocks(model, calls):
+    calls.clear()
+    x = mx.random.normal((2, 101), key=mx.random.key(1))
+    many = mx.random.normal((sampling.MOST_ROWS + 1, 101))
+    for name in ("argmax", "logsumexp"):
+        ours, stock = (getattr(m, name) for m in (GENERATE.mx, mx))
+        for array, ask in (
+            (x, {}),
+            (x, {"axis": 0, "keepdims": True}),
+            (x, {"axis": -1, "keepdims": True, "stream": mx.default_device()}),
+            (x[:, :63], {"axis": -1, "keepdims": True}),
+            (many, {"axis": -1, "keepdims": True}),
+            ((x * 9).astype(mx.int32), {"axis": -1, "keepdims": True}),
+        ):
+            assert mx.array_equal(ours(array, **ask), stock(array, **ask))
+        with pytest.raises(TypeError):
+            ours(x, -1, True, nonsense=1)
+    assert mx.array_equal(GENERATE.mx.logsumexp(x, axis=(0, 1)), mx.logsumexp(x))
+    assert not calls
+
+
+def test_only_on_the_device_of_the_model(model, calls, monkeypatch):
+    calls.clear()
+    x = mx.random.normal((1, 101))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu, 7))
+    assert mx.array_equal(GENERATE.mx.argmax(x, axis=-1), mx.argmax(x, axis=-1))
+    assert not calls
+
+
+def test_gradients_and_vmap(model):
+    x = mx.random.normal((2, 101), key=mx.random.key(2))
+
+    def gradient(function):
+        return mx.grad(lambda x: function(x, axis=-1, keepdims=True).astype(mx.float32).sum())(x)
+
+    for name in ("logsumexp", "argmax"):
+        ours, stock = (getattr(m, name) for m in (GENERATE.mx, mx))
+        for _ in range(3):  # run, recorded, replayed
+            assert mx.allclose(gradient(ours), gradient(stock), atol=1e-6)
+            mapped = mx.vmap(lambda row, f=ours: f(row, axis=-1, keepdims=True))(x)
+            assert mx.allclose(mapped, stock(x, axis=-1, keepdims=True), atol=1e-6)
+            assert mx.allclose(ours(x, -1, True), stock(x, -1, True), atol=1e-6)
+
+
+def test_a_module_that_somebody_changed_is_left_alone(make_llama, monkeypatch):
+    theirs, model = object(), make_llama()
+    with monkeypatch.context() as changed:
+        changed.setattr(SAMPLERS, "mx", theirs)
+        sampling.use(model, BACKENDS[-1])
+        assert isinstance(GENERATE.mx, sampling.Namespace)
+        assert SAMPLERS.mx is theirs
+        sampling.release(model)
+        assert SAMPLERS.mx is theirs
+        changed.setattr(GENERATE, "mx", theirs)
+        sampling.use(model, BACKENDS[-1])
+        assert not sampling._USERS
+
+
+def test_what_somebody_put_in_our_place_stays(make_llama, monkeypatch):
+    theirs, model = object(), make_llama()
+    sampling.use(model, BACKENDS[-1])
+    SAMPLERS.mx = theirs
+    sampling.release(model)
+    assert SAMPLERS.mx is theirs
+    SAMPLERS.mx = mx
+
+
+def test_they_stay_as_long_as_one_model_needs_them(make_llama):
+    first, second = make_llama(), make_llama()
+    for one in (first, second):
+        sampling.use(one, BACKENDS[-1])
+    sampling.release(first)
+    assert isinstance(SAMPLERS.mx, sampling.Namespace)
+    del second, one
+    gc.collect()
+    assert SAMPLERS.mx is mx
+
+
+def test_a_kernel_that_fails_its_probe_is_not_used(make_llama, monkeypatch):
+    monkeypatch.setattr(sampling.KernelSpec, "probe", lambda *_, **__: "it is wrong")
+    sampling.use(make_llama(), BACKENDS[-1])
+    assert SAMPLERS.mx is mx
