@@ -13,8 +13,10 @@ from mlx_lm.sample_utils import make_sampler
 
 from zmlx.patch import patch, unpatch
 from zmlx.runtime import sampling
+from zmlx.runtime.filtering import FILTERS, Filter
 
 GENERATE, SAMPLERS = (sys.modules[f"mlx_lm.{name}"] for name in ("generate", "sample_utils"))
+STOCK = {name: getattr(SAMPLERS, name) for name in FILTERS}
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -28,6 +30,7 @@ def calls(monkeypatch):
         yield counted
     assert GENERATE.mx is mx
     assert SAMPLERS.mx is mx
+    assert {name: getattr(SAMPLERS, name) for name in FILTERS} == STOCK
 
 
 @pytest.fixture
@@ -178,3 +181,112 @@ def test_a_kernel_that_fails_its_probe_is_not_used(make_llama, monkeypatch):
     monkeypatch.setattr(sampling.KernelSpec, "probe", lambda *_, **__: "it is wrong")
     sampling.use(make_llama(), BACKENDS[-1])
     assert SAMPLERS.mx is mx
+
+
+# Filters
+
+
+def logprobs_of(*shape, dtype=mx.float32):
+    x = mx.random.normal(shape, key=mx.random.key(4)) * 2
+    return (x - mx.logsumexp(x, axis=-1, keepdims=True)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sampled_text_is_stocks(make_llama, calls, dtype):
+    model = make_llama(dtype=dtype)
+
+    def texts():
+        found = []
+        for options in ({"top_p": 0.9, "top_k": 40, "min_p": 0.05}, {"top_p": 0.7}, {"top_k": 9}):
+            mx.random.seed(11)
+            found.append(tokens_of(model, make_sampler(temp=0.8, **options)))
+        return found
+
+    stock = texts()
+    assert len(set(stock[0])) > 2  # it is not the greedy one
+    sampling.use(model, BACKENDS[-1])
+    calls.clear()
+    assert texts() == stock
+    assert {"top_k", "top_p"} <= set(calls)
+    sampling.release(model)
+
+
+def test_the_same_seed_draws_the_same_tokens(model):
+    x = mx.broadcast_to(logprobs_of(1, 101, dtype=mx.bfloat16), (32, 101)) + 0
+    sampler = make_sampler(temp=0.8, top_p=0.9, top_k=20, min_p=0.05)
+
+    def drawn():
+        mx.random.seed(2)
+        return mx.concatenate([sampler(x), sampler(x)]).tolist()
+
+    ours = drawn()
+    sampling.release(model)
+    assert drawn() == ours
+    assert 5 < len(set(ours)) <= 20
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("name", "number"), [("apply_top_k", 7), ("apply_top_p", 0.6)])
+def test_filters_are_stocks(model, calls, name, number, dtype):
+    ours = getattr(SAMPLERS, name)
+    assert isinstance(ours, Filter)
+    for shape in ((101,), (3, 101), (2, 2, 101)):
+        x = logprobs_of(*shape, dtype=dtype)
+        for _ in range(3):  # run, recorded, replayed
+            assert mx.array_equal(ours(x, number), STOCK[name](x, number))
+    calls.clear()
+    assert mx.array_equal(ours(x, number), STOCK[name](x, number))
+    (keyword,) = [word for word in ("top_k", "top_p") if word in name]
+    assert mx.array_equal(ours(x, **{keyword: number}), STOCK[name](x, number))
+    assert not calls  # replayed
+    assert mx.array_equal(ours(x + 1, number), STOCK[name](x + 1, number))
+
+
+@pytest.mark.parametrize(("name", "number"), [("apply_top_k", 7), ("apply_top_p", 0.6)])
+def test_calls_of_filters_that_stay_stocks(model, calls, name, number):
+    ours, stock = getattr(SAMPLERS, name), STOCK[name]
+    many = logprobs_of(sampling.MOST_ROWS + 1, 101)
+    for x in (many, logprobs_of(2, 63)):
+        assert mx.array_equal(ours(x, number), stock(x, number))
+    x = logprobs_of(2, 101)
+    mapped = mx.vmap(lambda row: ours(row, number))(x)
+    assert mx.array_equal(mapped, stock(x, number))
+    assert not set(calls) & {"top_k", "top_p"}
+    with pytest.raises(TypeError):
+        ours(x)
+
+
+@pytest.mark.parametrize("k", [0, 101, 102, -1, 3.5])
+def test_what_stock_refuses_is_refused(model, k):
+    with pytest.raises(ValueError, match="`top_k` has to be an integer"):
+        SAMPLERS.apply_top_k(logprobs_of(1, 101), k)
+
+
+def test_another_function_of_that_name_stays(make_llama, monkeypatch):
+    def apply_top_p(logprobs, top_p):
+        return logprobs * top_p
+
+    apply_top_p.__module__ = SAMPLERS.__name__
+    model, x = make_llama(), logprobs_of(1, 101)
+    with monkeypatch.context() as changed:
+        changed.setattr(SAMPLERS, "apply_top_p", apply_top_p)
+        sampling.use(model, BACKENDS[-1])
+        assert isinstance(SAMPLERS.apply_top_p, Filter)
+        assert mx.array_equal(SAMPLERS.apply_top_p(x, 0.5), x * 0.5)
+        sampling.release(model)
+        assert SAMPLERS.apply_top_p is apply_top_p
+
+
+def test_what_somebody_else_put_there_stays(make_llama, monkeypatch):
+    def theirs(logprobs, top_k):
+        return logprobs
+
+    model = make_llama()
+    with monkeypatch.context() as changed:
+        changed.setattr(SAMPLERS, "apply_top_k", theirs)
+        sampling.use(model, BACKENDS[-1])
+        assert SAMPLERS.apply_top_k is theirs
+        SAMPLERS.apply_top_p = theirs
+        sampling.release(model)
+        assert SAMPLERS.apply_top_p is theirs
+        SAMPLERS.apply_top_p = STOCK["apply_top_p"]

@@ -24,10 +24,11 @@ from zmlx.backend.definition import Definition, Launch
 from zmlx.kernels.rows import REDUCTIONS, SIMD, check_rows, count_rows
 from zmlx.kernels.spec import KernelSpec, Sample, register
 
-_THREADS = 256
-_ITEMS = 8
-#: Elements of a part of a row, each thread's `_ITEMS` apart by the number of threads.
-PART = _THREADS * _ITEMS
+#: Threads of a threadgroup that has a part of a row, and elements that each of them has.
+THREADS = 256
+ITEMS = 8
+#: Elements of a part; those of a thread are apart by the number of threads.
+PART = THREADS * ITEMS
 
 Compile = Callable[[Definition], Launch]
 
@@ -38,16 +39,16 @@ uint group = simdgroup_index_in_threadgroup;
 uint groups = simdgroups_per_threadgroup;
 uint thread_in_row = thread_position_in_threadgroup.x;
 """
-#: This thread's elements of a part, -inf beyond the row's end.
-_VALUES = f"""{_POSITION}
+#: This thread's elements of a part of `x`, and where they are; -inf beyond the row's end.
+VALUES = f"""{_POSITION}
 uint length = x_shape[x_ndim - 1];
 uint parts = (length + {PART - 1}) / {PART};
 uint part = threadgroup_position_in_grid.x;
 size_t start = size_t(part / parts) * length;
 uint first = part % parts * {PART} + thread_in_row;
-float values[{_ITEMS}];
-for (uint i = 0; i < {_ITEMS}; ++i) {{
-  uint at = first + i * {_THREADS};
+float values[{ITEMS}];
+for (uint i = 0; i < {ITEMS}; ++i) {{
+  uint at = first + i * {THREADS};
   values[i] = at < length ? float(x[start + at]) : -INFINITY;
 }}
 """
@@ -70,15 +71,15 @@ inline uint row_first(
 }
 """
 # `base` is what is subtracted: exp(-inf - -inf) would be NaN.
-_LOGSUMEXP_PARTS = f"""{_VALUES}
+_LOGSUMEXP_PARTS = f"""{VALUES}
 float largest = -INFINITY;
-for (uint i = 0; i < {_ITEMS}; ++i) {{
+for (uint i = 0; i < {ITEMS}; ++i) {{
   largest = values[i] > largest ? values[i] : largest;
 }}
 largest = row_max(largest, partial, lane, group, groups);
 float base = largest > -INFINITY ? largest : 0.0f;
 float total = 0.0f;
-for (uint i = 0; i < {_ITEMS}; ++i) {{
+for (uint i = 0; i < {ITEMS}; ++i) {{
   total += metal::exp(values[i] - base);
 }}
 total = row_sum(total, partial, lane, group, groups);
@@ -109,13 +110,13 @@ threadgroup uint indices_of_groups[32];
 uint found = row_first(
     best == largest ? index : 0xffffffffu, indices_of_groups, lane, group, groups);
 """
-_ARGMAX_PARTS = f"""{_VALUES}
+_ARGMAX_PARTS = f"""{VALUES}
 float best = -INFINITY;
 uint index = 0;
-for (uint i = 0; i < {_ITEMS}; ++i) {{
+for (uint i = 0; i < {ITEMS}; ++i) {{
   if (values[i] > best) {{
     best = values[i];
-    index = first + i * {_THREADS};
+    index = first + i * {THREADS};
   }}
 }}
 {_CHOICE}
@@ -170,8 +171,8 @@ def _reduced(
         inputs=[x],
         output_shapes=[(rows, parts)] * 2,
         output_dtypes=[mx.float32, second],
-        grid=(rows * parts * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(rows * parts * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
     )
     threads = min(1024, SIMD * -(-parts // SIMD))
     return compiled(pair[1])(

@@ -4,7 +4,8 @@ Before   logprobs = logits - mx.logsumexp(logits)     over the whole vocabulary:
          mx.argmax(logprobs)                          the other on a CPU, on a GPU by one
          mx.async_eval(token, logprobs)               threadgroup
 After    CPU: with the kernel `logsumexp`, and as one operation (`program`) with the output head
-         GPU: with the kernels `logsumexp` and `argmax`, up to `MOST_ROWS` rows at a time
+         GPU: with the kernels `logsumexp` and `argmax`, up to `MOST_ROWS` rows at a time;
+         top-k and top-p without a sort (`zmlx.runtime.filtering`)
 
 These lines stand in no module, but in the generation loops of `mlx_lm.generate` and in the samplers
 of `mlx_lm.sample_utils`; so, while a model whose steps are fused is in use, the name `mx` of these
@@ -31,6 +32,7 @@ from zmlx.kernels.rows import FLOATS
 from zmlx.kernels.spec import KernelSpec
 from zmlx.kernels.vectors.replayed import Replayed
 from zmlx.kernels.vocabulary import ARGMAX
+from zmlx.runtime.filtering import FILTERS, Filter
 
 _GENERATE = "mlx_lm.generate"
 _SAMPLERS = "mlx_lm.sample_utils"
@@ -175,6 +177,17 @@ def use(model: nn.Module, backend: str) -> None:
         module = sys.modules.get(name)
         if module is not None and getattr(module, "mx", None) is mx:
             module.mx = Namespace(functions)  # type: ignore[attr-defined]
+    samplers = sys.modules.get(_SAMPLERS)
+    if samplers is not None and backend != "cpu":
+        _filter(samplers, backend)
+
+
+def _filter(samplers: ModuleType, backend: str) -> None:
+    """Put filters in the place of the functions that are the module's own."""
+    for name in FILTERS:
+        stock = getattr(samplers, name, None)
+        if stock is not None and getattr(stock, "__module__", "") == samplers.__name__:
+            setattr(samplers, name, Filter(name, stock, backend, _few_long_rows))
 
 
 def release(model: nn.Module) -> None:
@@ -188,8 +201,14 @@ def _forget(number: int) -> None:
         return
     for name in (_GENERATE, _SAMPLERS):
         module = sys.modules.get(name)
-        if module is not None and _placed(module):
+        if module is None:
+            continue
+        if _placed(module):
             module.mx = mx  # type: ignore[attr-defined]
+        for filtering in FILTERS:
+            found = getattr(module, filtering, None)
+            if isinstance(found, Filter):
+                setattr(module, filtering, found.stock)
 
 
 def _placed(module: ModuleType | None) -> bool:
