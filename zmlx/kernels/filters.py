@@ -47,6 +47,10 @@ inline uint order_of(float value) {{
 #: What the smallest element begins with, from the sums of all parts and the state before them.
 _SETTLE = f"""
 size_t row = part / parts;
+uint shift = state[row * {_STATE} + 3];
+float above = as_type<float>(state[row * {_STATE} + 1]);
+float target = as_type<float>(state[row * {_STATE} + 2]);
+uint prefix = state[row * {_STATE}];
 threadgroup float columns[{THREADS}];
 threadgroup float sums[16];
 float column = 0.0f;
@@ -63,9 +67,6 @@ if (thread_in_row < 16) {{
   sums[thread_in_row] = sum;
 }}
 threadgroup_barrier(mem_flags::mem_threadgroup);
-uint shift = state[row * {_STATE} + 3];
-float above = as_type<float>(state[row * {_STATE} + 1]);
-float target = as_type<float>(state[row * {_STATE} + 2]);
 if (MASS && shift == 28) {{
   float total = 0.0f;
   for (uint i = 0; i < 16; ++i) {{
@@ -80,7 +81,7 @@ for (uint i = 15; i > 0; --i) {{
     digit = i - 1;
   }}
 }}
-uint prefix = state[row * {_STATE}] | digit << shift;
+prefix |= digit << shift;
 """
 #: The weight of this part for each value of the four bits at `next`.
 _TALLY = f"""
@@ -96,13 +97,22 @@ for (uint i = 0; i < {ITEMS}; ++i) {{
     tally[digit] += digit == own ? weight : 0.0f;
   }}
 }}
-threadgroup float tallies[{_GROUPS * 16}];
+// Lanes halve what they have with each other, until each has a sum: that of digit lane / 2.
+simdgroup_barrier(mem_flags::mem_none);
 #pragma unroll
-for (uint digit = 0; digit < 16; ++digit) {{
-  float sum = simd_sum(tally[digit]);
-  if (lane == 0) {{
-    tallies[group * 16 + digit] = sum;
+for (uint half_of = 8; half_of > 0; half_of /= 2) {{
+  bool upper = lane & 2 * half_of;
+#pragma unroll
+  for (uint i = 0; i < half_of; ++i) {{
+    float own = upper ? tally[i + half_of] : tally[i];
+    float other = upper ? tally[i] : tally[i + half_of];
+    tally[i] = own + simd_shuffle_xor(other, 2 * half_of);
   }}
+}}
+tally[0] += simd_shuffle_xor(tally[0], 1);
+threadgroup float tallies[{_GROUPS * 16}];
+if (lane % 2 == 0) {{
+  tallies[group * 16 + lane / 2] = tally[0];
 }}
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (thread_in_row < 16) {{
@@ -138,6 +148,7 @@ if (part % parts == 0 && thread_in_row == 0) {{
 """
 # Elements of a part are in the order of `i`, then of threads; so are the counts of simdgroups.
 _LAST = f"""{VALUES}
+float others = wanted[1];
 {_SETTLE}
 uint bound = prefix >> shift;
 uint places[{ITEMS}];
@@ -149,6 +160,7 @@ if (!MASS) {{
   }}
   before = row_sum(before, partial, lane, group, groups);
   for (uint i = 0; i < {ITEMS}; ++i) {{
+    simdgroup_barrier(mem_flags::mem_none);
     bool inside = first + i * {THREADS} < length;
     uint equal = inside && order_of(values[i]) >> shift == bound ? 1 : 0;
     places[i] = simd_prefix_exclusive_sum(equal);
@@ -169,7 +181,7 @@ for (uint i = 0; i < {ITEMS}; ++i) {{
   uint key = order_of(values[i]) >> shift;
   bool kept = key > bound || (key == bound && (MASS || above + before + places[i] < target));
   if (at < length) {{
-    out[start + at] = kept ? T(values[i]) : T(wanted[1]);
+    out[start + at] = kept ? T(values[i]) : T(others);
   }}
 }}
 """
