@@ -252,8 +252,9 @@ def test_calls_of_filters_that_stay_stocks(model, calls, name, number):
     mapped = mx.vmap(lambda row: ours(row, number))(x)
     assert mx.array_equal(mapped, stock(x, number))
     assert not set(calls) & {"top_k", "top_p"}
-    with pytest.raises(TypeError):
-        ours(x)
+    for args, named in (((), {}), ((number,), {"more": 1}), ((), {"other": number})):
+        with pytest.raises(TypeError):
+            ours(x, *args, **named)
 
 
 @pytest.mark.parametrize("k", [0, 101, 102, -1, 3.5])

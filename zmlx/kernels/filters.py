@@ -11,9 +11,9 @@ goes on. No threadgroup relies on what another one of its launch wrote. Four pas
 five for float16, eight for float32, and one more launch writes the result. Sums are in float32, in
 an order that is always the same.
 
-top_p is that of mlx-lm's `apply_top_p` (0.32): equal elements stay or go together. At p = 0 the
-largest stay. mlx-lm's `apply_top_k` parts a row, and which of equal elements at the boundary it
-keeps is not defined. Rows must not hold NaN.
+top_p is that of mlx-lm's `apply_top_p` (0.32), which sorts a row and adds it up one by one: equal
+elements stay or go together. At p = 0 the largest stay. mlx-lm's `apply_top_k` parts a row, and
+which of equal elements at the boundary it keeps is not defined. Rows must not hold NaN.
 """
 
 from __future__ import annotations

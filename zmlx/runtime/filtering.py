@@ -82,8 +82,7 @@ class Filter:
 
     def __call__(self, logprobs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Filter (..., V) log-probabilities; arguments and result as of the library's function."""
-        given = (*args, *kwargs.values())
-        number = given[0] if len(given) == 1 else None
+        number = self._number(*args, **kwargs)
         if (
             isinstance(logprobs, mx.array)
             and logprobs.ndim > 0
@@ -95,6 +94,13 @@ class Filter:
         ):
             return self._by_kernel(logprobs, number)
         return self.stock(logprobs, *args, **kwargs)
+
+    def _number(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the second argument, given by place or by name; None for anything else."""
+        if len(args) == 1 and not kwargs:
+            return args[0]
+        named = self.__name__.removeprefix("apply_")
+        return kwargs.get(named) if not args and len(kwargs) == 1 else None
 
     def _by_kernel(self, logprobs: mx.array, number: Any) -> mx.array:
         return _REPLAYED[self.__name__](self._place, logprobs, _wanted(number))
