@@ -1,9 +1,11 @@
-"""How pytest-xdist spreads the suite."""
+"""What every run begins with, and how pytest-xdist spreads the suite."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import mlx_preamble
 import pytest
 
 #: files whose tests share what is slow to make: one process runs them, or those of one parameter
@@ -18,6 +20,14 @@ def group_of(nodeid: str) -> str:
     """Return the name of the group of tests that one process runs."""
     file, _, test = nodeid.partition("::")
     return f"{file}[{test.partition('[')[2]}" if file in SHARED else nodeid
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Do once what all processes gain from."""
+    # Tests compare with float32, which MLX's products on CUDA are not by default.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    if not hasattr(config, "workerinput"):
+        mlx_preamble.precompile()
 
 
 @pytest.hookimpl(optionalhook=True)

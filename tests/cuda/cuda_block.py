@@ -1,7 +1,8 @@
 """Runs kernels written for CUDA by hand on the CPU: blocks of fibers, checked by a sanitizer.
 
 The texts are those that NVIDIA's compiler gets, but for the instructions in `machine.cuh`, which
-stand in `block/machine.cuh` as the manual describes them.
+stand in `block/machine.cuh` as the manual describes them. What a body does not read early is there
+only when it has waited for earlier kernels.
 """
 
 from __future__ import annotations
@@ -18,29 +19,35 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from nvrtc_program import DTYPES, assemble
+from precompiled import compile_with
 
 from zmlx.backend.cuda import CudaSource
+from zmlx.backend.cuda.source import WAIT
 from zmlx.backend.definition import Definition
 
 _HERE = Path(__file__).with_name("block")
 _OPTIONS = ("-std=c++17", "-O1", "-fsanitize=address", "-Wno-enum-compare", "-w")
 _MAIN = """
 int main(int, char** sizes) {{
+  const unsigned seed = std::atol(sizes[0]);
   {loads}
   for (unsigned y = 0; y < {gy}; ++y) {{
     for (unsigned x = 0; x < {gx}; ++x) {{
       static void (*const call)() = [] {{ mlx::core::cu::custom_kernel_K({names}); }};
       block::kernel = call;
-      block::run({threads}, {{x, y, 0}}, {seed}u + 977 * x + y);
+      block::take_away();
+      block::run({threads}, {{x, y, 0}}, seed + 977 * x + y);
     }}
   }}
+  if (block::waited != {gx} * {gy} * {threads}) block::fail("threads did not wait once", "the end");
   {stores}
 }}
 """
 _LOAD = (
     "{{ size_t n = std::atol(sizes[{i}]); char* p = new char[n + {shift}] + {shift}; "
-    "if (std::fread(p, 1, n, stdin) != n) return 2; g{i} = (decltype(g{i}))p; }}"
+    "if (std::fread(p, 1, n, stdin) != n) return 2; g{i} = (decltype(g{i}))p; {late} }}"
 )
+_LATE = "block::late.push_back({p, {p, p + n}});"
 _STORE = "std::fwrite(g{i}, 1, std::atol(sizes[{i}]), stdout);"
 
 
@@ -80,7 +87,7 @@ class Block:
         raw = [np.array(mx.contiguous(a).view(mx.uint8)).reshape(-1) for a in inputs] + empty
         program = self._built(definition, inputs, output_dtypes, template)
         done = subprocess.run(
-            [program, *(str(len(r)) for r in raw)],
+            [str(len(self.seen)), *(str(len(r)) for r in raw)],
             executable=program,
             input=b"".join(r.tobytes() for r in raw),
             capture_output=True,
@@ -110,15 +117,23 @@ class Block:
         header = re.sub(r'#include "(.*)"', self._copied, body.header)
         kernel = assemble(
             "K",
-            CudaSource(header, body.source, definition.input_names),
+            CudaSource(
+                header, ("" if body.early else f"{WAIT}\n") + body.source, definition.input_names
+            ),
             [(a.dtype, a.ndim) for a in inputs],
             list(zip(definition.output_names, output_dtypes, strict=True)),
             template or (),
         ).replace("namespace cg = cooperative_groups;", "")
         names = (*definition.input_names, *definition.output_names)
+        assert set(body.early) <= set(definition.input_names)
+        late = set(definition.input_names) - set(body.early)
         main = _MAIN.format(
             loads="".join(
-                _LOAD.format(i=i + 1, shift=6 if name in self.shifted else 0)
+                _LOAD.format(
+                    i=i + 1,
+                    shift=6 if name in self.shifted else 0,
+                    late=_LATE if name in late else "",
+                )
                 for i, name in enumerate(names)
             ),
             stores="".join(_STORE.format(i=i + 1) for i in range(len(inputs), len(names))),
@@ -126,15 +141,12 @@ class Block:
             gx=grid[0] // threadgroup[0],
             gy=grid[1],
             threads=threadgroup[0],
-            seed=len(self.seen),
         )
         globals_ = "".join(f"{DTYPES[kind]}* g{i + 1};\n" for i, kind in enumerate(kinds))
-        text = f'#include "{_HERE / "device.hpp"}"\n{kernel}\n{globals_}{main}'
+        text = f"{kernel}\n{globals_}{main}"
         stem = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not stem.exists():
-            source = stem.with_suffix(".cpp")
-            source.write_text(text)
-            subprocess.run(["g++", *_OPTIONS, source, "-o", stem], check=True)
+            compile_with(_HERE / "device.hpp", _OPTIONS, text, stem)
         return stem
 
     def _copied(self, match: re.Match[str]) -> str:

@@ -140,25 +140,37 @@ def compile_program(*kernels: str, architecture: str = "sm_90a", leanly: bool = 
         leanly: whether they have to compile with the headers for compiling ahead, too.
     """
     target = f"--gpu-architecture={architecture}"
-    compiled, log = _compiled(kernels, target)
+    compiled, log, _ = _compiled(kernels, target)
     if compiled and leanly:
         # No more than the front end: what it says is what can differ.
         target = target.replace("sm_", "compute_")
-        compiled, log = _compiled(kernels, target, headers=headers())
+        compiled, log, _ = _compiled(kernels, target, headers=headers())
     return None if compiled else log
 
 
 def registers(*kernels: str) -> list[int]:
     """Return how many registers the threads of kernels of one program have on an H200."""
-    compiled, log = _compiled(kernels, "--gpu-architecture=sm_90a", "--ptxas-options=-v")
+    compiled, log, _ = _compiled(kernels, "--gpu-architecture=sm_90a", "--ptxas-options=-v")
     assert compiled, log
     return [int(number) for number in re.findall(r"Used (\d+) registers", log)]
 
 
+def ptx(*kernels: str, architecture: str) -> str:
+    """Return kernels of one program in NVIDIA's intermediate language.
+
+    Args:
+        *kernels: texts, one after another.
+        architecture: of a device, as `compute_90a`.
+    """
+    compiled, log, text = _compiled(kernels, f"--gpu-architecture={architecture}")
+    assert compiled, log
+    return text
+
+
 def _compiled(
     kernels: Sequence[str], *extra: str, headers: Mapping[str, str] = FULL
-) -> tuple[bool, str]:
-    """Compile, and return whether that went well, and what the compiler says."""
+) -> tuple[bool, str, str]:
+    """Compile, and return whether that went well, what the compiler says, and the program's PTX."""
     found = library()
     assert found is not None
     nvrtc, includes = found
@@ -182,6 +194,11 @@ def _compiled(
         nvrtc.nvrtcGetProgramLogSize(handle, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value + 1)
         nvrtc.nvrtcGetProgramLog(handle, log)
-        return compiled, log.value.decode()
+        text = ctypes.create_string_buffer(1)
+        # For a device rather than a kind of devices there is none.
+        if compiled and nvrtc.nvrtcGetPTXSize(handle, ctypes.byref(size)) == 0:
+            text = ctypes.create_string_buffer(size.value + 1)
+            nvrtc.nvrtcGetPTX(handle, text)
+        return compiled, log.value.decode(), text.value.decode()
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(handle))

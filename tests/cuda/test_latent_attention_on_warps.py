@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from attention_on_cpu import run_on_warps
 from kernels.test_decode_attention_latent import arrays, error, normal, state, stock
-from warp_program import COMPILER
+from precompiled import COMPILER
 
 from zmlx.backend import current
 from zmlx.kernels import decode_attention_latent as module

@@ -26,6 +26,7 @@ def test_it_compiles(tmp_path):
     data = built.read_bytes()
     # Found by name while it runs: no library of CUDA's has to be there to load it.
     assert b"cuGraphAddKernelNode_v2" in data
+    assert b"cuGraphAddDependencies_v2" in data
     assert b"libcudart" not in data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -21,20 +22,27 @@ HERE = Path(__file__).with_name("driver")
     reason="no nvidia-cuda-runtime (in the extra dev), no compiler, or a driver of CUDA's",
 )
 def test_launches_buffers_streams_and_failures(tmp_path):
+    """Twice: with a driver of today, and with one that knows no edges with data."""
     folders = (mlx_include(), cuda_include(), library.SOURCE / "stand_ins", library.SOURCE, HERE)
     command = [
         *shlex.split(find_compiler()),
         *("-std=c++20", "-O1", "-fPIC"),
         *(f"-I{folder}" for folder in folders),
     ]
-    driver, program = tmp_path / "libcuda.so.1", tmp_path / "program"
     # By this name it is found as CUDA's is.
-    shared = ["-shared", "-Wl,-soname,libcuda.so.1", str(HERE / "fake_driver.cpp")]
-    subprocess.run([*command, *shared, "-o", str(driver)], check=True)
+    name, program = "libcuda.so.1", tmp_path / "program"
+    shared = ["-shared", f"-Wl,-soname,{name}", str(HERE / "fake_driver.cpp")]
+    for kind, defined in {"new": [], "old": ["-DOLD_DRIVER"]}.items():
+        (tmp_path / kind).mkdir()
+        subprocess.run([*command, *shared, *defined, "-o", tmp_path / kind / name], check=True)
     sources = [library.SOURCE / f"{name}.cpp" for name in ("recording", "blocks", "driver")]
-    linked = [f"-L{mlx_folder() / 'lib'}", "-lmlx", str(driver), "-ldl"]
-    paths = f"-Wl,-rpath,{mlx_folder() / 'lib'}:{tmp_path}"
+    linked = [f"-L{mlx_folder() / 'lib'}", "-lmlx", str(tmp_path / "new" / name), "-ldl"]
+    paths = f"-Wl,-rpath,{mlx_folder() / 'lib'}"
     own = [str(HERE / "recording_program.cpp"), *map(str, sources)]
     subprocess.run([*command, *own, *linked, paths, "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+    for kind in ("new", "old"):
+        found = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path / kind)}
+        done = subprocess.run(
+            [program, kind], env=found, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, "ok\n"), kind + done.stdout + done.stderr

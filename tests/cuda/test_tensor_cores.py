@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 import mlx.core as mx
 import pytest
 from cuda_block import Block
 from kernels.test_vector_products import agree, exact, float64, near, normal, weight
+from precompiled import COMPILER
 
 from zmlx.kernels.vectors import (
     Weight,
@@ -22,7 +22,7 @@ from zmlx.kernels.vectors import (
 )
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux", reason="no g++ with its sanitizers"
+    COMPILER is None or sys.platform != "linux", reason="no g++ with its sanitizers"
 )
 #: float32 rounding of a sum, relative to the sum of its terms' sizes
 ROUNDING = 1e-7

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -15,11 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from nvrtc_program import DTYPES, assemble
+from precompiled import compile_with
 
 from zmlx.backend.cuda import CudaSource
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("g++")
+HEADER = Path(__file__).with_name("warps.hpp")
 #: int8 and so on of the same size, which numpy knows
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -27,21 +25,12 @@ BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 @cache
 def _library(text: str) -> ctypes.CDLL:
     """Compile a program."""
-    digest = hashlib.sha256((text + (HERE / "warps.hpp").read_text()).encode()).hexdigest()[:20]
+    digest = hashlib.sha256((text + HEADER.read_text()).encode()).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"zmlx-warps-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{digest}.so"
     if not library.is_file():
-        source = folder / f"{digest}.{os.getpid()}.cpp"
-        made = source.with_suffix(".so")
-        source.write_text(text)
-        command = [COMPILER or "g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}"]
-        done = subprocess.run(
-            [*command, str(source), "-o", str(made)], capture_output=True, text=True
-        )
-        source.unlink()
-        assert done.returncode == 0, done.stderr[:4000]
-        os.replace(made, library)
+        compile_with(HEADER, ["-std=c++20", "-O1", "-w", "-shared", "-fPIC"], text, library)
     found = ctypes.CDLL(str(library))
     found.launch.restype = ctypes.c_char_p
     return found
@@ -88,8 +77,7 @@ def _program(name: str, function: str, source: CudaSource, inputs: list[mx.array
     for dtype in outputs:
         arguments.append(f"({DTYPES[dtype]}*)pointers[{at}]")
         at += 1
-    return f"""#include "warps.hpp"
-{function}
+    return f"""{function}
 namespace mlx::core::cu {{
 extern "C" const char* launch(void** pointers, Shape* shapes, Strides* strides, unsigned* grid,
                               int threads, bool backwards) {{

@@ -64,10 +64,25 @@ def far(found, truth):
     return (mx.abs(found - truth).max() / mx.abs(truth).max()).item()
 
 
+def check_steps(model, monkeypatch, tokens=TOKENS):
+    """Check steps of a recorded program against the forward; return the program."""
+    cache = prompted(model)
+    stock = copy.deepcopy(cache)
+    program, forward = program_of(model, cache, monkeypatch, recorded=True)
+    for token in tokens:
+        array = mx.array([[token]])
+        assert far(program(array, cache), forward(array, stock)) < 1e-5
+    return program
+
+
 MODELS = {
     "llama": {},
     "qwen3_moe": {},
     "lfm2": {},
+    # Sliding windows; a layer norm before products with biases; attention beside the MLP.
+    "gemma3_text": {},
+    "starcoder2": {},
+    "cohere2": {},
     # What its kernels read are parts of what others made.
     "glm4_moe_lite": {"dtype": mx.bfloat16, "quantize": {"bits": 4, "group_size": 32}},
 }
@@ -86,8 +101,8 @@ def test_a_recorded_step_is_the_step(name, recordings, monkeypatch):
         # The same kernels: a value that is read from another place would show.
         assert far(found, truth) == 0, number
         assert far(found, forward(tokens, stock)) < (0.1 if "dtype" in MODELS[name] else 1e-5)
-    # The first step of a form is MLX's.
-    assert [recording.runs for recording in recordings] == [len(TOKENS) - 1]
+    # The first step of a form is MLX's; the second is compared with it.
+    assert [recording.runs for recording in recordings] == [len(TOKENS)]
     assert recordings[0].found.size < sum(
         value.size * value.dtype.size
         for node in recordings[0].parts.launches
@@ -106,7 +121,7 @@ def test_two_caches_take_turns(recordings, monkeypatch):
         truth = [forward(tokens, cache) for cache in stock]
         assert all(far(f, t) < 1e-5 for f, t in zip(found, truth, strict=True))
     [recording] = recordings
-    assert recording.runs == 2 * len(TOKENS) - 1
+    assert recording.runs == 2 * len(TOKENS)
 
 
 def test_each_cache_has_counters_of_its_own(recordings, monkeypatch):
@@ -138,15 +153,9 @@ def test_larger_buffers_are_another_recording(recordings, monkeypatch):
     monkeypatch.setattr(lending, "ROOM", 8)
     monkeypatch.setattr(lending, "_LEAST", 1)
     monkeypatch.setattr(building, "_KEPT", 1)
-    model = build("llama")
-    cache = prompted(model)
-    stock = copy.deepcopy(cache)
-    program, forward = program_of(model, cache, monkeypatch, recorded=True)
-    for token in TOKENS * 3:
-        tokens = mx.array([[token]])
-        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    program = check_steps(build("llama"), monkeypatch, TOKENS * 3)
     # One token, then eight, then three.
-    assert [recording.runs for recording in recordings] == [7, 2]
+    assert [recording.runs for recording in recordings] == [8, 3]
     assert [r._recording for r in program._replay._replayed.values()] == recordings[1:]
 
 
@@ -191,16 +200,23 @@ def test_a_grid_is_laid_out_as_MLX_does_it():
     assert (launch.blocks, launch.block) == ((4, 1, 1), (32, 3, 1))
 
 
+def test_a_recording_that_gives_other_numbers_is_not_used(recordings, monkeypatch, capsys):
+    right = SimulatedRecording.__call__
+
+    def wrong(self, inputs, buffers):
+        return [mx.roll(result, 1) for result in right(self, inputs, buffers)]
+
+    monkeypatch.setattr(SimulatedRecording, "__call__", wrong)
+    check_steps(build("llama"), monkeypatch)
+    assert recordings[0].runs == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("zmlx: a decode step is not recorded: its graph differs from MLX's")
+
+
 def test_a_step_that_cannot_be_recorded_is_built_by_MLX(monkeypatch, capsys):
     """Products of float32 with every head's own matrix are MLX's."""
     monkeypatch.setattr(building.speech, "level", lambda: "debug")
-    model = build("deepseek_v3")
-    cache = prompted(model)
-    stock = copy.deepcopy(cache)
-    program, forward = program_of(model, cache, monkeypatch, recorded=True)
-    for token in TOKENS:
-        tokens = mx.array([[token]])
-        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+    check_steps(build("deepseek_v3"), monkeypatch)
     said = capsys.readouterr().err
     assert said.count("is not recorded") == 1
     assert "Matmul" in said

@@ -498,6 +498,25 @@ def test_one_operation_stays_what_it_is():
     assert fused(fuse_small, lambda x: mx.exp(x), X) == {"Exp": 1}
 
 
+def test_one_operation_between_kernels_becomes_one():
+    """Else a recording would end there."""
+
+    def function(x):
+        y, gate = product(x, WEIGHTS[0]), product(x, WEIGHTS[1])
+        return product(y * gate, BACK)
+
+    assert fused(lambda g: fuse_small(fuse_products(g)), function, X) == {
+        "FusedProducts": 2,
+        "FusedSmall": 1,
+    }
+
+    def at_the_end(x):
+        return product(x, WEIGHTS[0]) * product(x, WEIGHTS[1])
+
+    found = fused(lambda g: fuse_small(fuse_products(g)), at_the_end, X)
+    assert found == {"FusedProducts": 1, "Multiply": 1}
+
+
 def test_constants_are_folded():
     graph = fold_constants(trace(lambda x: x * (NORM + 1) + mx.arange(WIDTH) * 2, X))
     assert operations(graph) == {"Multiply": 1, "Add": 1}

@@ -9,7 +9,7 @@ from emulated_cuda import emulate_cuda
 from simulated_recording import SimulatedRecording
 
 from zmlx.backend.cuda.addresses import Addresses
-from zmlx.backend.definition import Definition
+from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.graph.arena import Arena
 from zmlx.graph.launches import LAUNCH, NotRecordable, traced_launches
@@ -119,6 +119,32 @@ def test_parts_and_other_shapes_are_read_where_they_lie():
     x, y = TIMES, mx.arange(4).astype(mx.float32)
     with pytest.raises(NotRecordable, match="y of plus has to be copied first"):
         ran(launches_of(step, x, y), x, y)
+
+
+def test_what_is_read_before_the_wait_has_to_be_a_constant(monkeypatch):
+    body = CudaBody("out[threadIdx.x] = w[threadIdx.x] + x[threadIdx.x];", early=("w",))
+    early = Definition(
+        "early", ("x", "w"), ("out",), "uint i = 0; out[i] = x[i] + w[i];", cuda=body
+    )
+    monkeypatch.setattr("zmlx.backend.cuda.handwritten.architecture", lambda: 90)
+
+    def sums(x, w):
+        return launcher(early, "cuda")(
+            inputs=[x, w],
+            output_shapes=[(4,)],
+            output_dtypes=[mx.float32],
+            grid=(4, 1, 1),
+            threadgroup=(4, 1, 1),
+        )
+
+    weight = mx.ones(4)
+    graph = launches_of(lambda x: sums(plus(x, x), weight), TIMES)
+    found = steps(segments(graph, ()), graph.constants)
+    assert [array.tolist() for array in found.fixed] == [weight.tolist()]
+    for w in (lambda x: x, lambda x: plus(x, weight)):
+        graph = launches_of(lambda x, w=w: sums(plus(x, x), w(x)), TIMES)
+        with pytest.raises(NotRecordable, match="early reads w while it may be written"):
+            steps(segments(graph, ()), graph.constants)
 
 
 def test_a_part_of_what_a_launch_makes():

@@ -159,6 +159,16 @@ def test_packings_that_differ_take_a_launch_each(launched):
         agree(y, plain.product(plain.wide, x, w, None, norm), norm=norm)
 
 
+def test_weights_with_a_bias_and_without_take_a_launch_each(launched):
+    """As where a layer computes attention and MLP of the same vector."""
+    x = normal(1, 2048)
+    weights = [weight(17 + n, 2048, seed=n, bias=n in (1, 3)) for n in range(4)]
+    found = products(x, weights, compile=launched)
+    assert len(launched.seen) == 2
+    for y, w in zip(found, weights, strict=True):
+        agree(y, plain.product(plain.wide, x, w))
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize(
     ("columns", "packing"),

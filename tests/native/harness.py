@@ -10,21 +10,7 @@ from pathlib import Path
 from zmlx.backend.cpu import build
 
 #: They hold MLX types; all others are plain C++.
-WITH_MLX = (
-    "primitives.cpp",
-    "weights.cpp",
-    "lookup.cpp",
-    "step_primitives.cpp",
-    "binding.cpp",
-    "view.cpp",
-    "operations.cpp",
-    "arithmetic.cpp",
-    "program.cpp",
-    "emulated.cpp",
-    "fuse.cpp",
-)
-
-
+WITH_MLX = ("together_primitives.cpp", "together_programs.cpp", "emulated.cpp")
 #: source -> flags of its own
 Units = dict[Path, list[str]]
 
@@ -32,22 +18,21 @@ Units = dict[Path, list[str]]
 def units(machine: str | None = None, *, mlx: bool) -> Units:
     """Return the library's units for a kind of machine, with or without those of MLX types."""
     own = build._units(machine) if machine else build._units()
-    for binding in ("binding.cpp", "emulator_binding.cpp"):
-        del own[binding]
+    del own["together_bindings.cpp"]
     return {
         build.SOURCE / name: flags for name, flags in own.items() if mlx or name not in WITH_MLX
     }
 
 
-def compile_units(compiler: list[str], flags: list[str], sources: Units, folder: Path) -> list[str]:
-    """Compile each unit with its own flags and then these; return the objects."""
+def compile_units(compiler: list[str], sources: Units, folder: Path) -> list[str]:
+    """Compile each unit with the compiler's flags and then its own; return the objects."""
     include = [f"-I{build.SOURCE}", f"-I{build.mlx_folder() / 'include'}"]
     command = [*compiler, "-std=c++20", "-w", "-Wno-psabi", *include]
 
     def compiled(job: tuple[Path, list[str]]) -> str:
         source, own = job
         target = str(folder / f"{source.stem}.o")
-        subprocess.run([*command, *own, *flags, "-c", str(source), "-o", target], check=True)
+        subprocess.run([*command, *own, "-c", str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as executor:

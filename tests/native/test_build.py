@@ -80,7 +80,15 @@ def announced():
 
 def test_every_source_is_compiled_somewhere():
     units = build._units("x86_64").keys() | build._units("aarch64").keys()
-    assert units == {file.name for file in build.SOURCE.glob("*.cpp")}
+    assert units <= {file.name for file in build.SOURCE.glob("*.cpp")}
+    together = [
+        name
+        for unit in units
+        for name in re.findall(r'#include "(.*\.cpp)"', (build.SOURCE / unit).read_text())
+    ]
+    assert len(together) == len(set(together))
+    assert units | set(together) == {file.name for file in build.SOURCE.glob("*.cpp")}
+    assert not units & set(together)
 
 
 def test_a_build_is_announced_once_and_found_again(fresh, copier, monkeypatch):
@@ -271,6 +279,23 @@ def test_a_library_in_the_package_comes_first(fresh, copier, monkeypatch, tmp_pa
     assert Path(module.__file__) == Path(result.stdout.strip())
     assert Path(module.__file__).parent == native.BUNDLED
     assert lines == []
+
+
+def test_what_is_shipped_is_not_compiled_twice(fresh, copier, tmp_path):
+    cached = Path(native.load(announce=announced()[1]).__file__)
+    compiled = copier.read_text()
+    result = CliRunner().invoke(command, ["build", "--into", str(tmp_path / "ship")])
+    assert result.exit_code == 0, result.output
+    shipped = Path(result.stdout.strip())
+    assert shipped.parent == tmp_path / "ship"
+    assert build.fits(shipped)
+    assert shipped.read_bytes() == cached.read_bytes()
+    assert copier.read_text() == compiled
+    cached.unlink()  # this process still has it mapped
+    cached.write_bytes(b"damaged")
+    assert CliRunner().invoke(command, ["build", "--into", str(shipped.parent)]).exit_code == 0
+    assert build.fits(shipped)
+    assert sorted(copier.read_text().split()) == sorted(2 * compiled.split())
 
 
 def ship(real: Path, **changed: str) -> Path:

@@ -74,7 +74,8 @@ def installed(wheel, tmp_path_factory) -> Environment:
 
 @pytest.fixture(scope="module")
 def native_wheel(tmp_path_factory) -> Path:
-    """Build a wheel with the compiled kernels: half a minute on two cores."""
+    """Build a wheel with the compiled kernels, those that the other tests have."""
+    native.load()
     return built_wheel(tmp_path_factory.mktemp("native"), HATCH_BUILD_HOOK_ENABLE_CUSTOM="1")
 
 

@@ -7,8 +7,9 @@ import math
 import pytest
 
 from zmlx.bench.generation import Generation
+from zmlx.bench.logits import LogitsError
 from zmlx.patch import Candidate, PatchReport
-from zmlx.validate.compare import Comparison, Divergence, LogitsError
+from zmlx.validate.compare import Comparison, Divergence
 from zmlx.validate.contract import contract_of, judge
 
 

@@ -26,6 +26,9 @@ class CudaBody:
         launch: grid and threadgroup, where threads are dealt out otherwise than for Metal.
         threads: most threads of a block, where the compiler has to know them so that there are
             registers for all; 0 where any number can run.
+        early: inputs that it reads while earlier kernels may still run: weights, which no kernel
+            writes. Such a body says `zmlx::wait_for_earlier();` itself, once and in all threads,
+            before it touches anything else; before others that is put.
     """
 
     source: str
@@ -33,6 +36,7 @@ class CudaBody:
     architecture: int = 0
     launch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
     threads: int = 0
+    early: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -166,6 +167,20 @@ def hash_of_folder(folder: Path) -> str:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def fingerprint_of(file: str, *facts: str) -> str:
+    """Return a hash of facts, and of what every extension depends on.
+
+    Args:
+        file: the extension's name.
+        facts: what this one depends on besides MLX, nanobind and the machine.
+    """
+    digest = hashlib.sha256()
+    size = str((mlx_folder() / "lib" / "libmlx.so").stat().st_size)
+    for part in (mlx_version(), size, version_of("nanobind"), platform.machine(), file, *facts):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def abi_tag(library: Path) -> str:

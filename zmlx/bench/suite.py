@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +23,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from zmlx.bench.capsule import Quantities, Run
 from zmlx.bench.decode import plan_of
 from zmlx.bench.kernel_times import KernelTimes, NotRecorded, record
+from zmlx.bench.logits import logits_error
 from zmlx.bench.prompts import Prompts
 from zmlx.bench.traffic import cache_bytes, weight_bytes
 from zmlx.bench.twin import twin
 from zmlx.bench.workloads import Decode, Outcome, Workload, generated, parts, workloads
-from zmlx.graph.probing import step_in_float32
+from zmlx.graph.probing import MORE, step_in_float32
 from zmlx.patch import PatchReport, patch
 from zmlx.runtime import sampling
 
@@ -58,10 +59,9 @@ _WARM_TOKENS = 16
 _STEPS = 24
 _WATCHED = 8
 #: Error of the patched model's logits, in percent of their spread, that is a failure where it is
-#: more than `_MORE` times stock's: a router that chooses other experts for a difference in the last
+#: more than `MORE` times stock's: a router that chooses other experts for a difference in the last
 #: digit makes errors of any size, in both.
 _FAR_OFF = 50.0
-_MORE = 1.5
 
 
 class Unmeasurable(RuntimeError):
@@ -304,12 +304,13 @@ class Bench:
         if not mx.all(mx.isfinite(ours)).item():
             self.result.failures.append(f"{where}: zmlx: logits are not finite")
             return
-        error, theirs = _error(ours, stock if exact is None else exact), 0.0
+        truth, theirs = (stock if exact is None else exact), 0.0
+        error = 100 * logits_error(ours, truth).rms
         self._add(self.first.label, ZMLX, 0, {"logits_error": error}, {})
         if exact is not None:
-            theirs = _error(stock, exact)
+            theirs = 100 * logits_error(stock, exact).rms
             self._add(self.first.label, STOCK, 0, {"logits_error": theirs}, {})
-        if error > max(_FAR_OFF, _MORE * theirs):
+        if error > max(_FAR_OFF, MORE * theirs):
             than = "stock's" if exact is None else f"those in float32, stock's {theirs:.0f} %"
             self.result.failures.append(f"{where}: zmlx: logits are {error:.0f} % from {than}")
 
@@ -400,12 +401,6 @@ def _last(logits: mx.array) -> mx.array:
     logits = logits[0, -1].astype(mx.float32)
     mx.eval(logits)
     return logits
-
-
-def _error(logits: mx.array, truth: mx.array) -> float:
-    """Return how far logits are off, root mean square, in percent of the spread of the truth."""
-    spread = mx.sqrt(mx.mean(mx.square(truth - mx.mean(truth))))
-    return 100 * cast(float, (mx.sqrt(mx.mean(mx.square(logits - truth))) / spread).item())
 
 
 def _active_bytes() -> int:

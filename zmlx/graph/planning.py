@@ -120,6 +120,8 @@ class _Layout:
             place = self._parts.places[value]
             if kernel.ensure_row_contiguous and not place.at.rows:
                 raise NotRecordable(f"{name} of {kernel.name} has to be copied first")
+            if name in kernel.early and place.base not in self._constants:
+                raise NotRecordable(f"{kernel.name} reads {name} while it may be written")
             yield self._address(place)
             for what in kernel.asked(name) if value.ndim else ():
                 yield Argument(BYTES, value=_told(place.at, what))

@@ -27,6 +27,8 @@ from zmlx.graph.trace import in_order, trace
 _DEVIATIONS = {mx.float32: 0.01, mx.float16: 0.01, mx.bfloat16: 0.03}
 #: The same, from what MLX gives in 16 bits.
 _LOOSE = {mx.float32: 0.01, mx.float16: 0.05, mx.bfloat16: 0.15}
+#: How many times stock's error, against float32, a step may have that is not within its limit.
+MORE = 1.5
 #: Bytes that float32 may take for that: with more, memory would be short where the model just fits.
 _MOST = 2**28
 
@@ -90,7 +92,7 @@ def _probe(
     if buffers:
         results += mx.depends(buffers, results)
     for result, truth, value in zip(results, truths, wanted, strict=True):
-        error = _error(result, truth, value.dtype)
+        error = deviation(result, truth) if result.dtype == value.dtype else float("inf")
         if not error <= allowed.get(value.dtype, 0.0):
             raise WrongResult(f"differs from MLX's operations by {error:.2g}")
 
@@ -206,8 +208,9 @@ def _wide(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype
 
 
-def _error(result: mx.array, truth: mx.array, dtype: mx.Dtype) -> float:
-    if result.dtype != dtype or result.size != truth.size:
+def deviation(result: mx.array, truth: mx.array) -> float:
+    """Return the root mean square of a difference over that of the truth; inf for other sizes."""
+    if result.size != truth.size:
         return float("inf")
     found, truth = (array.astype(mx.float32).reshape(-1) for array in (result, truth))
     size = mx.maximum(mx.square(truth).mean(), 1e-30)

@@ -24,7 +24,7 @@ from zmlx.graph.caches import Layout, ProgramRefused, held_arrays, is_plain, lea
 from zmlx.graph.lending import Chain, Kind, advance, lend, place
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import FUSED
-from zmlx.graph.probing import WrongResult, probe, step_in_float32
+from zmlx.graph.probing import MORE, WrongResult, deviation, probe, step_in_float32
 from zmlx.graph.rewrite.attention import Fused, Place, fuse_attention
 from zmlx.graph.rewrite.clusters import fold_constants, fuse_small
 from zmlx.graph.rewrite.experts import fuse_experts
@@ -33,9 +33,6 @@ from zmlx.graph.rewrite.shapes import settled
 from zmlx.graph.same import difference
 from zmlx.graph.trace import in_order, trace
 from zmlx.kernels.attention_launch import COUNTERS, new_counters
-
-#: How many times stock's error, against float32, a step may have that is not within its limit.
-_MORE = 1.5
 
 #: A model's forward: takes tokens (1, 1) and its caches, returns an array.
 Forward = Callable[[mx.array, list[Any]], mx.array]
@@ -253,17 +250,13 @@ class DecodeProgram:
         found, stock = (
             _evaluated(run(tokens, copy.deepcopy(list(caches)))) for run in (self, forward)
         )
-        error = _deviation(found, stock)
+        error = deviation(found, stock)
         if error <= allowed or not bool(mx.isfinite(stock).all()):
             return
         exact = step_in_float32(forward, tokens, caches)
-        ours, theirs = _deviation(found, exact), _deviation(stock, exact)
-        if not ours <= max(allowed, _MORE * theirs):
+        ours, theirs = deviation(found, exact), deviation(stock, exact)
+        if not ours <= max(allowed, MORE * theirs):
             raise WrongResult(f"its kernels differ from the model's own step by {error:.2g}")
-
-
-def _deviation(found: mx.array, truth: mx.array) -> float:
-    return float(mx.sqrt(mx.square(found - truth).mean() / mx.square(truth).mean()))
 
 
 def _evaluated(result: mx.array) -> mx.array:

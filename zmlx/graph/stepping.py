@@ -170,7 +170,7 @@ class Steps:
 
         traced = traced_step(forward, layout, tokens.dtype)
         program = DecodeProgram(traced, layout, recorded=True)
-        hidden = program.traced.graph.outputs[0]
+        hidden = traced.graph.outputs[0]
         allowed = _DEVIATIONS.get(hidden.dtype)
         if allowed is None:
             raise ProgramRefused(f"the forward returns {hidden.dtype}")

@@ -12,25 +12,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from zmlx.backend.signature import dtype_name
 from zmlx.bench.environment import available_bytes
 from zmlx.bench.generation import Generation, generate
+from zmlx.bench.logits import LogitsError, logits_error
 from zmlx.patch import PatchReport, patch, unpatch
 from zmlx.validate.reference import extra_bytes, reference, reference_dtype
 
 #: Called with the number of tokens that went through the model.
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class LogitsError:
-    """Distance of some logits from the reference's.
-
-    Attributes:
-        rms: root mean square of the difference over all positions and tokens of the vocabulary,
-            over the standard deviation of the reference's logits.
-        largest: largest difference over the largest magnitude of the reference's logits.
-    """
-
-    rms: float
-    largest: float
 
 
 @dataclass(frozen=True)
@@ -179,10 +166,10 @@ def _judge_logits(
     assert first.logits is not None
     assert forced.logits is not None
     truth = _reference_logits(result, unpatch(model), prompt, first.tokens, progress)
-    result.difference = _error(forced.logits, first.logits)
+    result.difference = logits_error(forced.logits, first.logits)
     if truth is not None:
-        result.stock_error = _error(first.logits, truth)
-        result.patched_error = _error(forced.logits, truth)
+        result.stock_error = logits_error(first.logits, truth)
+        result.patched_error = logits_error(forced.logits, truth)
     result.stock_varies = any(run.tokens != first.tokens for run in result.stock)
     for number, run in enumerate(result.patched):
         divergence = _divergence(number, run.tokens, first, truth)
@@ -229,17 +216,6 @@ def _wide_logits(model: nn.Module, context: Sequence[int], count: int, dtype: mx
         kept = logits[0, -count:].astype(mx.float32)
         mx.eval(kept)
     return kept
-
-
-def _error(logits: mx.array, truth: mx.array) -> LogitsError:
-    # A vocabulary may be masked with -inf; where both agree there is no difference.
-    difference = mx.where(logits == truth, 0.0, logits - truth)
-    finite = mx.where(mx.isfinite(truth), truth, 0.0)
-    spread = mx.maximum(mx.std(finite), 1e-30)
-    rms = mx.sqrt(mx.mean(mx.square(difference))) / spread
-    largest = mx.max(mx.abs(difference)) / mx.maximum(mx.max(mx.abs(finite)), 1e-30)
-    values: list[float] = mx.stack([rms, largest]).tolist()  # type: ignore[assignment]
-    return LogitsError(*values)
 
 
 def _divergence(

@@ -13,7 +13,8 @@ from rich.table import Table
 from zmlx.bench.capsule import GENERATION, Capsule, collect
 from zmlx.bench.decode import plan_of, run_of
 from zmlx.bench.generation import Generation
-from zmlx.validate.compare import Comparison, LogitsError
+from zmlx.bench.logits import LogitsError
+from zmlx.validate.compare import Comparison
 from zmlx.validate.contract import contract_of, judge
 
 

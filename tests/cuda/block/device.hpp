@@ -109,6 +109,19 @@ inline Warp& warp() { return warps[current->index.x / 32]; }
 inline int lane() { return current->index.x % 32; }
 inline void meet_warp(const char* where) { meet(warp().meeting, 32, where); }
 
+// What earlier kernels write, which is there when a thread has waited for them, and how many did.
+struct Late {
+  char* at;
+  std::vector<char> data;
+};
+inline std::vector<Late> late;
+inline long waited = 0;
+
+// Before a block nothing of it is there.
+inline void take_away() {
+  for (Late& one : late) std::memset(one.at, 0xff, one.data.size());
+}
+
 inline void (*kernel)();
 inline void start() {
   kernel();
@@ -157,6 +170,13 @@ inline void run(int count, dim3 index, unsigned seed) {
 }
 
 }  // namespace block
+
+namespace zmlx {
+inline void wait_for_earlier() {
+  ++block::waited;
+  for (const block::Late& one : block::late) std::memcpy(one.at, one.data.data(), one.data.size());
+}
+}  // namespace zmlx
 
 #define threadIdx (::block::current->index)
 #define blockIdx (::block::block_index)

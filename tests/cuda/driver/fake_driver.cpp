@@ -30,8 +30,10 @@ struct Node {
   std::vector<std::vector<char>> arguments;
 };
 
+// One after another: of each node but the last how the next waits for it, 0 if it does not.
 struct Graph {
   std::vector<Node*> nodes;
+  std::string edges;
 };
 
 struct Executable {
@@ -46,6 +48,8 @@ struct Module {
 std::string events;
 int living = 0;
 int failing = 0;
+int capability = 9;
+std::string edges;
 
 Node filled(const CUDA_KERNEL_NODE_PARAMS& given) {
   Node node{reinterpret_cast<Kernel*>(given.func), given.gridDimX * given.blockDimX, given.gridDimY, {}};
@@ -98,6 +102,14 @@ int fake_living() {
   return living;
 }
 
+std::string fake_edges() {
+  return edges;
+}
+
+void fake_capability(int major) {
+  capability = major;
+}
+
 void fake_failure() {
   failing = 1;
 }
@@ -122,8 +134,8 @@ CUresult cuCtxGetDevice(CUdevice* device) {
   *device = 0;
   return CUDA_SUCCESS;
 }
-CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) {
-  *value = 1;
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute asked, CUdevice) {
+  *value = asked == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? capability : 1;
   return CUDA_SUCCESS;
 }
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute, CUdeviceptr) {
@@ -196,20 +208,45 @@ CUresult cuGraphCreate(CUgraph* graph, unsigned) {
 CUresult cuGraphAddKernelNode(
     CUgraphNode* node, CUgraph graph, const CUgraphNode* before, size_t count,
     const CUDA_KERNEL_NODE_PARAMS* given) {
-  auto& nodes = reinterpret_cast<Graph*>(graph)->nodes;
-  // One after another.
-  const bool first = nodes.empty() && count == 0;
-  const bool next = !nodes.empty() && count == 1 && *before == reinterpret_cast<CUgraphNode>(nodes.back());
-  if (!first && !next) {
-    return CUDA_ERROR_INVALID_VALUE;
+  auto* to = reinterpret_cast<Graph*>(graph);
+  auto& nodes = to->nodes;
+  if (count != 0) {
+    if (nodes.empty() || count != 1 || *before != reinterpret_cast<CUgraphNode>(nodes.back())) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    to->edges.back() = '-';
   }
   nodes.push_back(new Node(filled(*given)));
+  to->edges.push_back(0);
   *node = reinterpret_cast<CUgraphNode>(nodes.back());
   return CUDA_SUCCESS;
 }
+#ifndef OLD_DRIVER
+CUresult cuGraphAddDependencies_v2(
+    CUgraph graph, const CUgraphNode* from, const CUgraphNode* after, const CUgraphEdgeData* data,
+    size_t count) {
+  auto* to = reinterpret_cast<Graph*>(graph);
+  const size_t nodes = to->nodes.size();
+  const bool known = nodes > 1 && count == 1 &&
+      *from == reinterpret_cast<CUgraphNode>(to->nodes[nodes - 2]) &&
+      *after == reinterpret_cast<CUgraphNode>(to->nodes[nodes - 1]) && to->edges[nodes - 2] == 0;
+  if (!known || capability < 9 || data->to_port != 0 ||
+      data->from_port != CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC ||
+      data->type != CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  to->edges[nodes - 2] = 'p';
+  return CUDA_SUCCESS;
+}
+#endif
 CUresult cuGraphInstantiate(CUgraphExec* executable, CUgraph graph, unsigned long long) {
   if (std::exchange(failing, 0) != 0) {
     return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  edges = reinterpret_cast<Graph*>(graph)->edges;
+  edges.pop_back();
+  if (edges.find('\0') != std::string::npos) {
+    return CUDA_ERROR_INVALID_VALUE; // such nodes would run side by side
   }
   ++living;
   auto* made = new Executable;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -147,6 +148,27 @@ void arrays_outlive_their_recording() {
   EXPECT(data(out[1])[0] == 103);
 }
 
+// How the five nodes of the plan wait for each other.
+std::string edges(int capability, bool overlapped) {
+  fake_capability(capability);
+  zmlx::Plan wanted = plan();
+  wanted.overlapped = overlapped;
+  zmlx::Recording recording(wanted, made(1024, 0), {made(kN, 100)});
+  auto out = outputs();
+  recording.launch(stream(1), {made(kN, 1), made(kN + 4, 0)}, out);
+  EXPECT(data(out[1])[0] == 103);
+  fake_capability(9);
+  EXPECT(recording.overlapped() == (fake_edges() == "pppp"));
+  return fake_edges();
+}
+
+void kernels_overlap(bool old_driver) {
+  EXPECT(edges(9, true) == (old_driver ? "----" : "pppp"));
+  EXPECT(edges(12, true) == (old_driver ? "----" : "pppp"));
+  EXPECT(edges(8, true) == "----");
+  EXPECT(edges(9, false) == "----");
+}
+
 template <typename F>
 std::string failure(F run) {
   try {
@@ -179,7 +201,8 @@ void failures() {
 
 } // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  kernels_overlap(count > 1 && std::strcmp(arguments[1], "old") == 0);
   launches();
   blocks_are_used_again();
   arrays_outlive_their_recording();

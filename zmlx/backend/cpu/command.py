@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from zmlx.backend.cpu import build as building
 from zmlx.backend.cpu import native as library
 
 
@@ -21,7 +20,7 @@ def native() -> None:
 @click.option(
     "--into",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Compile into this folder, to ship the library; by default into the cache.",
+    help="Put the library into this folder, to ship it; by default into the cache.",
 )
 def build(into: Path | None) -> None:
     """Compile the kernels now, if they are not there yet; print the library's path."""
@@ -32,8 +31,7 @@ def build(into: Path | None) -> None:
             path = str(library.load().__file__)
         else:
             into.mkdir(parents=True, exist_ok=True)
-            with library.counting() as progress:
-                path = str(building.build(into, building.find_compiler(), progress))
+            path = str(library.put_into(into))
     except (library.NativeUnavailable, OSError) as refusal:
         raise click.ClickException(str(refusal)) from refusal
     click.echo(path)

@@ -37,6 +37,7 @@ __all__ = [
     "forget",
     "load",
     "open_library",
+    "put_into",
 ]
 
 #: A library that was built into the package.
@@ -141,6 +142,25 @@ def cache_folder() -> Path:
     """Return the folder that holds the built libraries."""
     root = variables.text("ZMLX_CACHE_DIR") or "~/.cache/zmlx"
     return Path(root).expanduser() / "native"
+
+
+def put_into(folder: Path) -> Path:
+    """Put a library and its manifest into a folder, to ship them; return the library's file.
+
+    It is the one in the cache where that was built by the same compiler from the same sources; else
+    it is compiled.
+
+    Raises:
+        NativeUnavailable: there is no compiler, or a step of the build failed.
+        OSError: the folder cannot be written.
+    """
+    found = _find_in_cache("")
+    if found.present and found.compiler:
+        for file in (found.library, found.library.with_name(building.MANIFEST)):
+            shutil.copy2(file, folder)
+        return folder / found.library.name
+    with counting() as progress:
+        return building.build(folder, building.find_compiler(), progress)
 
 
 def forget() -> None:

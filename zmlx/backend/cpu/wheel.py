@@ -1,7 +1,7 @@
 """A wheel that holds the compiled CPU kernels: a build hook of hatchling, off by default.
 
 `HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 python -m build --wheel` (the variable is hatchling's own)
-compiles the library against the mlx of the build's environment, puts it into the package, and gives
+puts the library, compiled against the mlx of the build's environment, into the package, and gives
 the wheel the tags of this Python and platform, and a requirement on the very version of that mlx.
 
 hatchling loads this file by its path, before what it imports of ours has to be there.
@@ -25,7 +25,7 @@ _BUILT_WITH = ("mlx", "nanobind")
 
 
 class NativeWheel(BuildHookInterface[BuilderConfig]):
-    """Compiles the library and adds it to the wheel."""
+    """Adds the library to the wheel."""
 
     _folder: TemporaryDirectory[str] | None = None
 
@@ -36,7 +36,7 @@ class NativeWheel(BuildHookInterface[BuilderConfig]):
         return [*needed, *project.optional_dependencies["cpu"]]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile; an editable installation compiles on first use instead."""
+        """Add the library; an editable installation compiles on first use instead."""
         if version != "standard":
             return
         sys.path.insert(0, self.root)
@@ -44,8 +44,7 @@ class NativeWheel(BuildHookInterface[BuilderConfig]):
 
         self._folder = TemporaryDirectory(prefix="zmlx-wheel-")
         try:
-            with native.counting() as progress:
-                library = build.build(Path(self._folder.name), build.find_compiler(), progress)
+            library = native.put_into(Path(self._folder.name))
         except build.NativeUnavailable as refusal:
             self.app.abort(str(refusal))
         for file in (library, library.with_name(build.MANIFEST)):
@@ -55,6 +54,6 @@ class NativeWheel(BuildHookInterface[BuilderConfig]):
         build_data["dependencies"].append(f"mlx=={build.mlx_version()}")
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Remove what was compiled."""
+        """Remove the copy that went into the wheel."""
         if self._folder is not None:
             self._folder.cleanup()

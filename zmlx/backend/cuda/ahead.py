@@ -32,7 +32,7 @@ from zmlx.backend.cuda.jit_module import (
     file_in,
     module_of,
 )
-from zmlx.backend.cuda.source import PRELUDE, CudaSource
+from zmlx.backend.cuda.source import OVERLAPPED, PRELUDE, WAIT, CudaSource
 from zmlx.backend.definition import Template
 from zmlx_autopatch import speech
 
@@ -60,7 +60,7 @@ class Lean(NamedTuple):
 
 
 class Kernel:
-    """A kernel for `mx.fast.cuda_kernel`.
+    """A kernel for `mx.fast.cuda_kernel`, which waits for those before it where they overlap.
 
     Args:
         name: the kernel's.
@@ -69,10 +69,12 @@ class Kernel:
         source: its text.
         ensure_row_contiguous: as MLX takes it.
         whole: the text before parts of it went into files, by default the same.
+        told: declarations that go before it; they may read constants.
+        early: inputs that it reads before it waits, which it does itself then.
 
     Attributes:
-        name, input_names, ensure_row_contiguous: the same.
-        source: its body.
+        name, input_names, ensure_row_contiguous, early: the same.
+        source: its body, with all that goes before it.
         run: what MLX made of it. A call whose `output_dtypes` or `template` is not what it was at
             the call before, which is here, has to be noticed first.
 
@@ -83,6 +85,7 @@ class Kernel:
     __slots__ = (
         "_forms",
         "_text",
+        "early",
         "ensure_row_contiguous",
         "input_names",
         "name",
@@ -101,16 +104,21 @@ class Kernel:
         *,
         ensure_row_contiguous: bool,
         whole: CudaSource | None = None,
+        told: str = "",
+        early: Sequence[str] = (),
     ) -> None:
-        self.name, self.input_names, self.source = name, tuple(input_names), source.body
+        self.name, self.input_names, self.early = name, tuple(input_names), tuple(early)
+        self.source = told + ("" if early else f"{WAIT}\n") + source.body
         self.ensure_row_contiguous = ensure_row_contiguous
         found = lean()
-        header = source.header if found is None else f"// {found.digest}\n{source.header}"
+        header = f'#include "{OVERLAPPED}"\n{source.header}'
+        if found is not None:
+            header = f"// {found.digest}\n{header}"
         self.run: Any = mx.fast.cuda_kernel(
             name=name,
             input_names=list(input_names),
             output_names=list(output_names),
-            source=source.body,
+            source=self.source,
             header=header,
             ensure_row_contiguous=ensure_row_contiguous,
         )
@@ -120,7 +128,7 @@ class Kernel:
         self._text: KernelText | None = None
         if found is not None and is_settled(whole or source):
             names = tuple(input_names), tuple(output_names)
-            self._text = KernelText(name, *names, source.body, header)
+            self._text = KernelText(name, *names, self.source, header)
 
     def notice(
         self, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], template: Template | None

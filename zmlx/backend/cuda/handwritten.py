@@ -52,9 +52,11 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
             definition.name,
             names,
             definition.output_names,
-            CudaSource(source.header, told + source.body, tuple(names)),
+            source,
             ensure_row_contiguous=definition.ensure_row_contiguous,
             whole=whole,
+            told=told,
+            early=body.early,
         )
 
     def asks_about(name: str) -> bool:

@@ -12,7 +12,7 @@ from zmlx.backend.arguments import MAX_THREADS
 from zmlx.backend.cuda.addresses import Addresses, Forms, current, run_of
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
-from zmlx.backend.cuda.source import CudaSource, Translation, Variant
+from zmlx.backend.cuda.source import Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
 
 _Size = tuple[int, int, int]
@@ -121,9 +121,10 @@ class _Variants:
             definition.name,
             names or source.input_names,
             definition.output_names,
-            CudaSource(source.header, told + source.body, source.input_names),
+            source,
             ensure_row_contiguous=definition.ensure_row_contiguous,
             whole=whole,
+            told=told,
         )
 
     def by_address(

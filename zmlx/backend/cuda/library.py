@@ -5,9 +5,7 @@ It is kept in the cache folder under a key of all that it depends on.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -25,13 +23,11 @@ from zmlx.backend.extension import (
     compiler_version,
     file_of,
     find_compiler,
+    fingerprint_of,
     hash_of_folder,
     link_all,
     mlx_extension,
-    mlx_folder,
-    mlx_version,
     open_extension,
-    version_of,
 )
 from zmlx_autopatch import speech
 
@@ -107,17 +103,10 @@ def _build_in_place(library: Path, compiler: str, includes: Sequence[Path]) -> N
 
 
 def _key(compiler: str, includes: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for part in (
-        mlx_version(),
-        str((mlx_folder() / "lib" / "libmlx.so").stat().st_size),
-        version_of("nanobind"),
-        platform.machine(),
+    return fingerprint_of(
         file_of(MODULE),
         repr((COMMON, _UNITS, [str(path) for path in includes])),
         hash_of_folder(SOURCE),
         compiler,
         compiler_version(compiler),
-    ):
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:16]
+    )

@@ -19,6 +19,7 @@ import mlx.core as mx
 from zmlx.backend.cuda import library
 from zmlx.backend.cuda.ahead import lean
 from zmlx.backend.cuda.nvrtc import Compiler
+from zmlx.backend.cuda.source import OVERLAPPED, WAIT
 
 #: What stands at the beginning of an address: as in the C++ of the same names.
 BYTES, ARENA, FIXED, BUFFER = range(4)
@@ -27,6 +28,8 @@ ALIGNED = 256
 
 _MOVER = "zmlx_move"
 _MOVER_TEXT = """
+#include "%(overlapped)s"
+
 struct Moves {
   unsigned long long from[%(most)d];
   unsigned long long to[%(most)d];
@@ -42,6 +45,7 @@ __device__ void move(unsigned long long to, unsigned long long from, unsigned by
 }
 
 extern "C" __global__ void zmlx_move(const __grid_constant__ Moves moves) {
+  %(wait)s
   const unsigned long long from = moves.from[blockIdx.y], to = moves.to[blockIdx.y];
   const unsigned bytes = moves.bytes[blockIdx.y];
   const unsigned long long together = from | to | bytes;
@@ -135,11 +139,16 @@ class Plan:
 
 
 class Recording:
-    """A plan as a CUDA graph; see `record`."""
+    """A plan as a CUDA graph; see `record`.
+
+    Attributes:
+        overlapped: whether its kernels overlap.
+    """
 
     def __init__(self, native: Any, held: Any, plan: Plan) -> None:
         self._replay = native.replay
         self._held = held
+        self.overlapped: bool = held.overlapped
         self._shapes = [part.shape for part in plan.results]
         self._dtypes = [part.dtype for part in plan.results]
 
@@ -162,8 +171,14 @@ class Recording:
         return found
 
 
-def record(plan: Plan) -> Recording:
+def record(plan: Plan, *, overlapped: bool = True) -> Recording:
     """Build the CUDA graph of a plan, on MLX's default device.
+
+    Args:
+        plan: the launches. Their kernels have been compiled by `zmlx.backend.cuda.ahead.Kernel`, so
+            that each waits for the one before.
+        overlapped: let kernels be brought to the device while the one before runs, where the device
+            and its driver can do that (from compute capability 9.0 on).
 
     Raises:
         zmlx.backend.extension.NativeUnavailable: what it takes cannot be compiled here.
@@ -200,6 +215,7 @@ def record(plan: Plan) -> Recording:
         plan.buffers,
         arena,
         list(plan.fixed),
+        overlapped,
     )
     return Recording(native, held, plan)
 
@@ -216,4 +232,4 @@ def mover(compiler: Compiler, options: Sequence[str], most: int) -> tuple[bytes,
 
 def mover_text(most: int) -> str:
     """Return the kernel that copies up to `most` arrays."""
-    return _MOVER_TEXT % {"most": most}
+    return _MOVER_TEXT % {"most": most, "overlapped": OVERLAPPED, "wait": WAIT}

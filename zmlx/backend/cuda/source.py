@@ -16,6 +16,10 @@ from zmlx.backend.signature import ATTRIBUTES
 #: What Metal has and CUDA has not. It is included, not pasted: MLX hashes the text at every call.
 PRELUDE = Path(__file__).with_name("include") / "metal.cuh"
 
+#: What lets kernels overlap, and the call that each of them begins with.
+OVERLAPPED = PRELUDE.with_name("overlapped.cuh")
+WAIT = "::zmlx::wait_for_earlier();"
+
 #: The input that holds the size of a grid that is no multiple of the threadgroup.
 GRID_INPUT = "zmlx_grid"
 

@@ -54,14 +54,36 @@ def fuse_small(graph: Graph) -> Graph:
 
 def _programs(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     """Return the kernels that make a segment: one if it fits, else one for what hangs together."""
-    if sum(map(_launches, nodes)) < 2:
+    if not _gains(graph, nodes):
         return []
     whole = _program(graph, nodes)
     if whole is not None:
         return [whole]
-    parts = [part for part in _connected(nodes) if sum(map(_launches, part)) > 1]
+    parts = [part for part in _connected(nodes) if _gains(graph, part)]
     made = (_program(graph, part) for part in parts if len(part) < len(nodes))
     return [node for node in made if node is not None]
+
+
+def _gains(graph: Graph, nodes: Sequence[Node]) -> bool:
+    """Return whether one kernel is better than what MLX makes of some nodes.
+
+    It is so for one operation, too, if it lies between kernels of ours: with MLX's there a step
+    could not be recorded.
+    """
+    launches = sum(map(_launches, nodes))
+    return launches > 1 or (launches == 1 and _between_kernels(graph, nodes))
+
+
+def _between_kernels(graph: Graph, nodes: Sequence[Node]) -> bool:
+    """Return whether some of the nodes read from a fused one, and a fused one from some."""
+    made_by = [graph.producers.get(value) for node in nodes for value in node.inputs]
+    outputs = [value for node in nodes for value in node.outputs]
+    read_by = [reader for value in outputs for reader in graph.consumers.get(value, ())]
+    return any(map(_is_fused, made_by)) and any(map(_is_fused, read_by))
+
+
+def _is_fused(node: Node | None) -> bool:
+    return node is not None and node.op.startswith(FUSED)
 
 
 def _launches(node: Node) -> int:

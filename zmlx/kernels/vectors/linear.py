@@ -83,7 +83,9 @@ def products(
     if compile is None:
         made = [plain.product(plain.wide, x, w, None, norm, eps, residual) for w in weights]
         return _shaped(made, shapes)
-    served = {key: [i for i, w in enumerate(weights) if _kind(w) == key] for key in _kinds(weights)}
+    served: dict[tuple[object, ...], list[int]] = {}
+    for number, weight in enumerate(weights):
+        served.setdefault(_kind(weight), []).append(number)
     x, norm = _norm_apart(x, norm, eps, weights)
     results: dict[int, mx.array] = {}
     for numbers in served.values():
@@ -196,12 +198,9 @@ def check_gated(
 def _kind(weight: Weight, *, gated: bool = False) -> tuple[object, ...]:
     """What weights of one launch have in common."""
     dtypes = tuple((name, a.dtype) for name, a in weight.arrays().items() if name != "bias")
-    bias = None if gated or weight.bias is None else weight.bias.dtype
+    # A dtype cannot be compared with None.
+    bias = () if gated or weight.bias is None else (weight.bias.dtype,)
     return (*weight.packing, dtypes, bias)
-
-
-def _kinds(weights: Sequence[Weight]) -> list[tuple[object, ...]]:
-    return list(dict.fromkeys(_kind(w) for w in weights))
 
 
 def _small(x: mx.array, norm: mx.array | None, *weights: Weight) -> bool:

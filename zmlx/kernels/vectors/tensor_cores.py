@@ -150,7 +150,25 @@ def body(launch: Launch) -> CudaBody | None:
         header=_header(),
         architecture=ARCHITECTURE,
         launch=((layout.blocks * threads, launches, 1), (threads, 1, 1)),
+        early=_early(launch),
     )
+
+
+def _early(launch: Launch) -> tuple[str, ...]:
+    """Return the inputs that are read before earlier kernels have ended: the first weights.
+
+    Which experts' those are an earlier kernel says.
+    """
+    if launch.chosen or launch.terms:
+        return ()
+    norm = [] if launch.eps is None else ["norm"]
+    weights = (
+        f"{name}{number}"
+        for number, weight in enumerate(launch.weights)
+        for name in weight.arrays()
+        if name != "bias"
+    )
+    return (*norm, *weights)
 
 
 def layout_of(launch: Launch, launches: int) -> Layout:

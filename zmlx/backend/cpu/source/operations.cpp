@@ -140,7 +140,7 @@ void run_fused(mx::Primitive& primitive, Operands in, const View& out) {
 constexpr Operation kFused = {"", always, nullptr, run_fused};
 
 // The operation of a kind of primitive, or null.
-const Operation* operation_of(mx::Primitive& primitive) {
+const Operation* recognised(mx::Primitive& primitive) {
   if (dynamic_cast<const Fused*>(&primitive) != nullptr) {
     return &kFused;
   }
@@ -167,7 +167,7 @@ const Operation* operation_of(const mx::array& array) {
   thread_local std::unordered_map<std::type_index, const Operation*> known;
   const auto [entry, added] = known.try_emplace(typeid(primitive), nullptr);
   if (added) {
-    entry->second = operation_of(primitive);
+    entry->second = recognised(primitive);
   }
   const Operation* operation = entry->second;
   return operation != nullptr && operation->takes(array) ? operation : nullptr;

@@ -76,12 +76,13 @@ Held record(
     const std::vector<std::pair<nb::bytes, std::string>>& functions, size_t mover,
     const std::vector<PythonLaunch>& launches, const std::vector<PythonPart>& inputs,
     const std::vector<PythonPart>& results, size_t buffers, const mx::array& arena,
-    const Arrays& fixed) {
+    const Arrays& fixed, bool overlapped) {
   Plan plan;
   plan.mover = mover;
   plan.inputs = parts_of(inputs);
   plan.results = parts_of(results);
   plan.buffers = buffers;
+  plan.overlapped = overlapped;
   for (const auto& [binary, name] : functions) {
     plan.functions.emplace_back(std::string(binary.c_str(), binary.size()), name);
   }
@@ -114,10 +115,12 @@ Arrays replay(
 
 NB_MODULE(_zmlx_replay, m) {
   nb::module_::import_("mlx.core");
-  nb::class_<zmlx::Held>(m, "Recording");
+  nb::class_<zmlx::Held>(m, "Recording").def_prop_ro("overlapped", [](const zmlx::Held& held) {
+    return held.recording->overlapped();
+  });
   m.def(
       "record", &zmlx::record, "functions"_a, "mover"_a, "launches"_a, "inputs"_a, "results"_a,
-      "buffers"_a, "arena"_a, "fixed"_a);
+      "buffers"_a, "arena"_a, "fixed"_a, "overlapped"_a);
   m.def("replay", &zmlx::replay, "recording"_a, "inputs"_a, "shapes"_a, "dtypes"_a);
   m.attr("most_moves") = zmlx::kMostMoves;
 }

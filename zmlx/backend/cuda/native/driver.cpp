@@ -7,9 +7,13 @@
 
 namespace zmlx {
 
-void* driver_function(const char* name) {
+void* driver_function_if_any(const char* name) {
   static void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
-  void* const found = library == nullptr ? nullptr : dlsym(library, name);
+  return library == nullptr ? nullptr : dlsym(library, name);
+}
+
+void* driver_function(const char* name) {
+  void* const found = driver_function_if_any(name);
   if (found == nullptr) {
     throw std::runtime_error(std::string("[zmlx] the CUDA driver here has no ") + name);
   }

@@ -8,6 +8,9 @@ namespace zmlx {
 // A function of the driver by its name, which is there as soon as MLX is.
 void* driver_function(const char* name);
 
+// The same, or null where this driver has none of that name.
+void* driver_function_if_any(const char* name);
+
 // Throws what CUDA says if a call failed.
 void check(CUresult result, const char* call);
 
@@ -31,5 +34,8 @@ class Current {
         reinterpret_cast<decltype(&function)>(zmlx::driver_function(ZMLX_QUOTED(function))); \
     return found;                                                                          \
   }())
+#define ZMLX_DRIVER_IF_ANY(function)    \
+  (reinterpret_cast<decltype(&function)>( \
+      zmlx::driver_function_if_any(ZMLX_QUOTED(function))))
 #define ZMLX_CALL(function, ...) \
   zmlx::check(ZMLX_DRIVER(function)(__VA_ARGS__), ZMLX_QUOTED(function))

@@ -16,6 +16,26 @@ uint64_t address_of(const mx::array& array) {
   return reinterpret_cast<uint64_t>(mx::gpu_ptr<void>(array));
 }
 
+// Edges of a graph say more than which node comes first from version 12.3 of CUDA on.
+#if CUDA_VERSION >= 12030
+auto edges_with_data() {
+  return ZMLX_DRIVER_IF_ANY(cuGraphAddDependencies_v2);
+}
+#endif
+
+bool can_overlap() {
+#if CUDA_VERSION >= 12030
+  CUdevice device = 0;
+  int major = 0;
+  ZMLX_CALL(cuCtxGetDevice, &device);
+  ZMLX_CALL(
+      cuDeviceGetAttribute, &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
+  return major >= 9 && edges_with_data() != nullptr;
+#else
+  return false;
+#endif
+}
+
 } // namespace
 
 // A kernel of the graph with its arguments, which have to be where they are while it is there.
@@ -52,6 +72,7 @@ Recording::Recording(Plan plan, mx::array arena, std::vector<mx::array> fixed)
   }
   try {
     ZMLX_CALL(cuCtxGetCurrent, &context_);
+    overlapped_ = plan_.overlapped && can_overlap();
     blocks_ = std::make_shared<Blocks>();
     for (const auto& [binary, name] : plan_.functions) {
       modules_.push_back(nullptr);
@@ -124,14 +145,27 @@ void Recording::add_all() {
   add(std::move(copies));
 }
 
-// One after another: each kernel waits for the one before.
+// One after another: each kernel waits for the one before, or begins with the wait itself.
 void Recording::add(Node node) {
   std::vector<void*> pointers;
   const auto given = node.parameters(functions_.at(node.function), pointers);
   const CUgraphNode* before = nodes_.empty() ? nullptr : &nodes_.back().node;
-  ZMLX_CALL(
-      cuGraphAddKernelNode, &node.node, graph_, before, size_t(before != nullptr), &given);
+  const size_t waits = before != nullptr && !overlapped_;
+  ZMLX_CALL(cuGraphAddKernelNode, &node.node, graph_, before, waits, &given);
+  if (before != nullptr && overlapped_) {
+    let_overlap(*before, node.node);
+  }
   nodes_.push_back(std::move(node));
+}
+
+// `after` may start when all blocks of `before` have let it (`overlapped.cuh`).
+void Recording::let_overlap(CUgraphNode before, CUgraphNode after) {
+#if CUDA_VERSION >= 12030
+  CUgraphEdgeData edge{};
+  edge.from_port = CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC;
+  edge.type = CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC;
+  check(edges_with_data()(graph_, &before, &after, &edge, 1), "cuGraphAddDependencies_v2");
+#endif
 }
 
 void Recording::fill(Node& node, const Launch& launch) {

@@ -50,6 +50,8 @@ struct Plan {
   std::vector<Part> inputs;
   std::vector<Part> results;
   size_t buffers;
+  // Let a kernel come to the device while the one before runs. All of them begin with a wait.
+  bool overlapped = false;
 };
 
 // What the kernel that copies is given.
@@ -77,11 +79,17 @@ class Recording {
     return plan_;
   }
 
+  // Whether kernels overlap: as the plan says, where the device and the driver can do it.
+  bool overlapped() const {
+    return overlapped_;
+  }
+
  private:
   struct Node;
 
   void add_all();
   void add(Node node);
+  void let_overlap(CUgraphNode before, CUgraphNode after);
   void fill(Node& node, const Launch& launch);
   void move(Node& node, const Moves& moves, size_t count);
   void point_at(const std::vector<mx::array>& inputs);
@@ -94,6 +102,7 @@ class Recording {
   std::vector<mx::array> fixed_;
   std::shared_ptr<Blocks> blocks_;
   CUcontext context_ = nullptr;
+  bool overlapped_ = false;
   std::vector<CUmodule> modules_;
   std::vector<CUfunction> functions_;
   // Copy in, the launches, copy out.

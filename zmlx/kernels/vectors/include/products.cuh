@@ -264,7 +264,7 @@ __device__ __forceinline__ void use(const Held<Q, S>& held, int d, int unit,
 }
 
 // Lay activations out in threadgroup memory, normalised if that is asked for, with the sums of
-// groups. They are asked for when this is made, before the weights, and used afterwards.
+// groups. They are asked for early, and used when the weights have been asked for.
 template <typename Q, typename X>
 struct Stage {
   using Z = Sizes<Q>;
@@ -291,11 +291,16 @@ struct Stage {
     column = (first_chunk * OF_CHUNK + worker + i * WORKERS) * 8;
     return (COUNT % WORKERS == 0 || worker + i * WORKERS < COUNT) && (Z::WHOLE || column < Q::K);
   }
-  // Of vectors from `row` on; a warp begins with chunk `chunk`, which is staged as `unit`.
-  __device__ __forceinline__ Stage(const X* x, const X* norm, size_t row, int chunk, int unit)
+  // A warp begins with chunk `chunk`, which is staged as `unit`.
+  __device__ __forceinline__ Stage(int chunk, int unit)
       : first_chunk(Z::LOCAL ? chunk : 0), first_unit(Z::LOCAL ? unit : 0),
-        worker(Z::LOCAL ? threadIdx.x % 32 : threadIdx.x) {
+        worker(Z::LOCAL ? threadIdx.x % 32 : threadIdx.x) {}
+
+  // Ask for vectors from `row` on.
+  __device__ __forceinline__ void ask_vectors(const X* x, size_t row) {
     ask(x + row * Q::K, row, raw);
+  }
+  __device__ __forceinline__ void ask_norm(const X* norm) {
     if constexpr (Q::NORM > 0) ask(norm, 0, norms);
   }
   // Ask for the pieces of some vectors, the first of which is number `row`.
@@ -564,7 +569,11 @@ __device__ __forceinline__ void products(const X* x, const X* norm, float eps, F
                      : Q::OWN   ? launch
                                 : launch / (Q::CHOSEN ? Q::CHOSEN : 1);
 
-  Stage<Q, X> stage(x, norm, row, chunk, unit);
+  Stage<Q, X> stage(chunk, unit);
+  // The vectors are asked for first, as they are needed first. But where the weights do not depend
+  // on what earlier kernels write they are asked for while those still run.
+  if constexpr (!Z::ALIKE) stage.ask_vectors(x, row);
+  stage.ask_norm(norm);
   Place<Q, S> place;
   Tile tile;
   auto locate = [&](int round) {
@@ -587,6 +596,10 @@ __device__ __forceinline__ void products(const X* x, const X* norm, float eps, F
 #pragma unroll
   for (int d = 0; d < Q::DEPTH; ++d) place.words(held, d, chunk + d, quad);
   place.shares(held, chunk, quad);
+  if constexpr (bool(Z::ALIKE)) {
+    wait_for_earlier();
+    stage.ask_vectors(x, row);
+  }
   uint4* zeros = staged + Q::TOKENS * Z::UNITS * Z::STEPS * 4 + warp * ZEROS;
   // Always so, which the compiler does not know: it must not wait for the activations before it has
   // asked for the weights.
