@@ -120,6 +120,23 @@ def test_each_row_by_itself(shape, dtype):
         check_top_p(row[None], 0.8)
 
 
+def test_more_parts_than_are_added_up_at_once():
+    x = mx.random.normal((1, 130 * PART + 5), key=mx.random.key(6)).astype(mx.bfloat16)
+    for k in (3, 200_000, 266_000):
+        assert np.array_equal(wide(call(TOP_K, x, k)) > -INF, first_largest(wide(x), k)), k
+    check_top_p(x - mx.logsumexp(x.astype(mx.float32)).astype(x.dtype), 0.9)
+
+
+@pytest.mark.parametrize("columns", [slice(0, 1), slice(7, 9), slice(1800, 2048), slice(250, 260)])
+def test_equal_elements_in_every_place_of_a_part(columns):
+    """They are counted by lanes, by simdgroups and by the elements of a thread."""
+    x = np.full((2, 2 * PART), -1.0, np.float32)
+    x[0, columns] = x[1, PART:][columns] = 2.0
+    for k in (1, 2, 33, 250, 300, PART - 1, PART + 1, 2 * PART - 5):
+        y = call(TOP_K, mx.array(x).astype(mx.bfloat16), k)
+        assert np.array_equal(wide(y) > -INF, first_largest(x, k)), k
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_vocabulary(dtype):
     x = (mx.random.normal((1, 128256), key=mx.random.key(4)) * 2.5).astype(dtype)

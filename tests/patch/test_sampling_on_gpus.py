@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import threading
+import types
 
 import mlx.core as mx
 import mlx_lm.generate  # noqa: F401 - a function of that name hides the module
@@ -267,15 +270,16 @@ def test_another_function_of_that_name_stays(make_llama, monkeypatch):
     def apply_top_p(logprobs, top_p):
         return logprobs * top_p
 
-    apply_top_p.__module__ = SAMPLERS.__name__
+    theirs = types.FunctionType(apply_top_p.__code__, vars(SAMPLERS))  # the module's own
     model, x = make_llama(), logprobs_of(1, 101)
     with monkeypatch.context() as changed:
-        changed.setattr(SAMPLERS, "apply_top_p", apply_top_p)
+        changed.setattr(SAMPLERS, "apply_top_p", theirs)
         sampling.use(model, BACKENDS[-1])
         assert isinstance(SAMPLERS.apply_top_p, Filter)
-        assert mx.array_equal(SAMPLERS.apply_top_p(x, 0.5), x * 0.5)
+        for _ in range(3):
+            assert mx.array_equal(SAMPLERS.apply_top_p(x, 0.5), x * 0.5)
         sampling.release(model)
-        assert SAMPLERS.apply_top_p is apply_top_p
+        assert SAMPLERS.apply_top_p is theirs
 
 
 def test_what_somebody_else_put_there_stays(make_llama, monkeypatch):
@@ -291,3 +295,109 @@ def test_what_somebody_else_put_there_stays(make_llama, monkeypatch):
         sampling.release(model)
         assert SAMPLERS.apply_top_p is theirs
         SAMPLERS.apply_top_p = STOCK["apply_top_p"]
+
+
+def test_wrappers_of_users_are_called(make_llama, monkeypatch):
+    """Before us or after us; one that has kept a filter of ours calls stock's after the release."""
+    model, x, seen = make_llama(), logprobs_of(1, 101), []
+
+    def watched(function):
+        @functools.wraps(function)
+        def apply_top_p(*args):
+            seen.append(args)
+            return function(*args)
+
+        return apply_top_p
+
+    wrapped = watched(STOCK["apply_top_p"])
+    assert wrapped.__module__ == SAMPLERS.__name__
+    with monkeypatch.context() as changed:
+        changed.setattr(SAMPLERS, "apply_top_p", wrapped)
+        sampling.use(model, BACKENDS[-1])
+        assert SAMPLERS.apply_top_p is wrapped
+        assert isinstance(SAMPLERS.apply_top_k, Filter)
+        sampling.release(model)
+        assert SAMPLERS.apply_top_p is wrapped
+    sampling.use(model, BACKENDS[-1])
+    kept = SAMPLERS.apply_top_p
+    assert isinstance(kept, Filter)
+    SAMPLERS.apply_top_p = watched(kept)
+    y = make_sampler(temp=0.5, top_p=0.5)(x)
+    assert len(seen) == 1
+    assert y.shape == (1,)
+    sampling.release(model)
+    SAMPLERS.apply_top_p = STOCK["apply_top_p"]
+    with monkeypatch.context() as changed:
+        changed.setattr(kept, "_by_kernel", None)
+        assert mx.array_equal(kept(x, 0.5), kept.stock(x, 0.5))
+
+
+def test_samplers_made_before_and_after(make_llama, calls):
+    """They look the filters up when they are called."""
+    x, model = logprobs_of(1, 101), make_llama()
+    before = make_sampler(temp=0.5, top_p=0.5)
+    sampling.use(model, BACKENDS[-1])
+    during = make_sampler(temp=0.5, top_k=5)
+    calls.clear()
+    for sampler in (before, during):
+        assert sampler(x).shape == (1,)
+    assert calls["top_p"] >= 1 <= calls["top_k"]
+    sampling.release(model)
+    calls.clear()
+    for sampler in (before, during):
+        assert sampler(x).shape == (1,)
+    assert not calls
+
+
+def test_other_modules_have_mlxs_functions(model, calls):
+    """A sampler of the user's, who calls mlx.core."""
+    calls.clear()
+    stock = mx.argmax, mx.logsumexp
+    tokens = tokens_of(model, lambda x: mx.argmax(x, axis=-1))
+    assert set(calls) == {"logsumexp"}  # of the loop
+    assert (mx.argmax, mx.logsumexp) == stock
+    sampling.release(model)
+    assert tokens_of(model) == tokens
+
+
+def test_compiled_samplers(make_llama, calls):
+    """The first calls of the filters, with their comparison, happen while MLX records."""
+    x, model = logprobs_of(3, 101), make_llama()
+    state = mx.random.state
+
+    def drawn():
+        sampler = make_sampler(temp=0.8, top_p=0.9, top_k=20)
+        compiled = mx.compile(sampler, inputs=state, outputs=state)
+        mx.random.seed(5)
+        return [compiled(x).tolist() for _ in range(4)]
+
+    stock = drawn()
+    sampling.use(model, BACKENDS[-1])
+    calls.clear()
+    assert drawn() == stock
+    assert {"top_k", "top_p"} <= set(calls)
+    sampling.release(model)
+
+
+def test_several_threads(model):
+    x = logprobs_of(2, 101)
+    wanted = STOCK["apply_top_k"](x, 7), STOCK["apply_top_p"](x, 0.6), mx.argmax(x, axis=-1)
+    wanted = [array.tolist() for array in wanted]
+    right = []
+
+    def run():
+        with mx.stream(mx.new_thread_local_stream(mx.default_device())):
+            for _ in range(4):  # run, recorded, replayed
+                found = (
+                    SAMPLERS.apply_top_k(x, 7),
+                    SAMPLERS.apply_top_p(x, 0.6),
+                    SAMPLERS.mx.argmax(x, axis=-1),
+                )
+                right.append([array.tolist() for array in found] == wanted)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 16

@@ -23,45 +23,53 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from zmlx.backend.definition import Definition, Launch
-from zmlx.kernels.rows import REDUCTIONS, check_rows, count_rows
+from zmlx.kernels.rows import check_rows, count_rows
 from zmlx.kernels.spec import KernelSpec, Sample, register
-from zmlx.kernels.vocabulary import ITEMS, PART, THREADS, VALUES
+from zmlx.kernels.vocabulary import ITEMS, ORDER, PART, THREADS, VALUES
 
 #: Passes that see all bits that a float of the dtype has as float32.
 _PASSES = {mx.bfloat16: 4, mx.float16: 5, mx.float32: 8}
 #: Numbers of a row's state: bits found so far, the weight above them, that which is allowed above,
-#: how far the last bits that were added up are to be shifted.
-_STATE = 4
+#: how far the last bits that were added up are to be shifted, what elements become that go.
+_STATE = 5
 
 Compile = Callable[[Definition], Launch]
 
 _GROUPS = THREADS // 32
 
-_HEADER = f"""{REDUCTIONS}
-// An integer that grows with the float; both zeros have the same.
-inline uint order_of(float value) {{
-  uint bits = as_type<uint>(value == 0.0f ? 0.0f : value);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}}
+#: Threads that add up one of a row's 16 sums, and how many parts each of them loads at once.
+_ADDERS = THREADS // 16
+_AHEAD = 8
+_ADD = """
+  float weight = i < parts ? weights[(row * parts + i) * 16 + thread_in_row % 16] : 0.0f;
+  column += weight;
+  earlier += i < part % parts ? weight : 0.0f;
 """
-#: What the smallest element begins with, from the sums of all parts and the state before them.
+#: What the smallest element begins with, from the sums of all parts and the state before them;
+#: `earlier` is this thread's share of the sum of the parts before this one.
 _SETTLE = f"""
 size_t row = part / parts;
-uint shift = state[row * {_STATE} + 3];
+uint prefix = state[row * {_STATE}];
 float above = as_type<float>(state[row * {_STATE} + 1]);
 float target = as_type<float>(state[row * {_STATE} + 2]);
-uint prefix = state[row * {_STATE}];
+uint shift = state[row * {_STATE} + 3];
 threadgroup float columns[{THREADS}];
 threadgroup float sums[16];
 float column = 0.0f;
-for (uint i = thread_in_row / 16; i < parts; i += {THREADS // 16}) {{
-  column += weights[(row * parts + i) * 16 + thread_in_row % 16];
-}}
+float earlier = 0.0f;
+// Without a loop, so that the loads, those of `values` too, do not wait for each other.
+#pragma unroll
+for (uint j = 0; j < {_AHEAD}; ++j) {{
+  uint i = thread_in_row / 16 + j * {_ADDERS};
+{_ADD}}}
+for (uint i = thread_in_row / 16 + {_AHEAD * _ADDERS}; i < parts; i += {_ADDERS}) {{
+{_ADD}}}
 columns[thread_in_row] = column;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (thread_in_row < 16) {{
   float sum = 0.0f;
-  for (uint i = 0; i < {THREADS // 16}; ++i) {{
+#pragma unroll
+  for (uint i = 0; i < {_ADDERS}; ++i) {{
     sum += columns[i * 16 + thread_in_row];
   }}
   sums[thread_in_row] = sum;
@@ -123,16 +131,21 @@ if (thread_in_row < 16) {{
   next_weights[size_t(part) * 16 + thread_in_row] = sum;
 }}
 """
+# One thread of a row reads `wanted`: on CUDA an array of 8 bytes is in the host's memory.
 _FIRST = f"""{VALUES}
+bool begins = part % parts == 0 && thread_in_row == 0;
+float goal = begins ? wanted[0] : 0.0f;
+float others = begins ? wanted[1] : 0.0f;
 uint prefix = 0;
 uint next = 28;
 {_TALLY}
-if (part % parts == 0 && thread_in_row == 0) {{
+if (begins) {{
   size_t at = size_t(part / parts) * {_STATE};
   next_state[at] = 0;
   next_state[at + 1] = as_type<uint>(0.0f);
-  next_state[at + 2] = as_type<uint>(float(wanted[0]));
+  next_state[at + 2] = as_type<uint>(goal);
   next_state[at + 3] = next;
+  next_state[at + 4] = as_type<uint>(others);
 }}
 """
 _NEXT = f"""{VALUES}
@@ -144,55 +157,81 @@ if (part % parts == 0 && thread_in_row == 0) {{
   next_state[row * {_STATE} + 1] = as_type<uint>(above);
   next_state[row * {_STATE} + 2] = as_type<uint>(target);
   next_state[row * {_STATE} + 3] = next;
+  next_state[row * {_STATE} + 4] = state[row * {_STATE} + 4];
 }}
 """
-# Elements of a part are in the order of `i`, then of threads; so are the counts of simdgroups.
-_LAST = f"""{VALUES}
-float others = wanted[1];
-{_SETTLE}
-uint bound = prefix >> shift;
-uint places[{ITEMS}];
-float before = 0.0f;
-if (!MASS) {{
-  threadgroup uint counts[{ITEMS * _GROUPS}];
-  for (uint i = thread_in_row; i < part % parts; i += {THREADS}) {{
-    before += weights[(row * parts + i) * 16 + digit];
+# Elements of a part are in the order of `i`, then of simdgroups, then of lanes. Those equal to the
+# smallest one that is kept are counted for four values of `i` in one integer: there are up to 32 in
+# a simdgroup, and up to 255 in front of an element. Sums over all simdgroups are two in an integer.
+_PLACES = f"""
+threadgroup float earliers[{THREADS}];
+threadgroup uint counts[{_GROUPS * ITEMS // 4}];
+earliers[thread_in_row] = earlier;
+uint inside[{ITEMS // 4}];
+#pragma unroll
+for (uint w = 0; w < {ITEMS // 4}; ++w) {{
+  uint equal = 0;
+#pragma unroll
+  for (uint b = 0; b < 4; ++b) {{
+    uint i = 4 * w + b;
+    bool counts_here = first + i * {THREADS} < length && order_of(values[i]) >> shift == bound;
+    equal |= counts_here ? 1u << 8 * b : 0u;
   }}
-  before = row_sum(before, partial, lane, group, groups);
-  for (uint i = 0; i < {ITEMS}; ++i) {{
-    simdgroup_barrier(mem_flags::mem_none);
-    bool inside = first + i * {THREADS} < length;
-    uint equal = inside && order_of(values[i]) >> shift == bound ? 1 : 0;
-    places[i] = simd_prefix_exclusive_sum(equal);
-    uint all = simd_sum(equal);
-    if (lane == 0) {{
-      counts[i * {_GROUPS} + group] = all;
-    }}
-  }}
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  uint sum = 0;
-  for (uint i = 0; i < {ITEMS * _GROUPS}; ++i) {{
-    places[i / {_GROUPS}] += i % {_GROUPS} == group ? sum : 0;
-    sum += counts[i];
+  simdgroup_barrier(mem_flags::mem_none);
+  inside[w] = simd_prefix_exclusive_sum(equal);
+  if (lane == 31) {{
+    counts[group * {ITEMS // 4} + w] = inside[w] + equal;
   }}
 }}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+for (uint i = 0; i < {_ADDERS}; ++i) {{
+  place += earliers[i * 16 + digit];
+}}
+uint sum = 0;
+#pragma unroll
+for (uint w = 0; w < {ITEMS // 4}; ++w) {{
+  uint all[2] = {{0, 0}};
+#pragma unroll
+  for (uint g = 0; g < {_GROUPS}; ++g) {{
+    uint four = counts[g * {ITEMS // 4} + w];
+    inside[w] += g < group ? four : 0;
+    all[0] += four & 0x00ff00ffu;
+    all[1] += four >> 8 & 0x00ff00ffu;
+  }}
+#pragma unroll
+  for (uint b = 0; b < 4; ++b) {{
+    places[4 * w + b] = place + float(sum + (inside[w] >> 8 * b & 255));
+    sum += all[b % 2] >> b / 2 * 16 & 65535;
+  }}
+}}
+"""
+_LAST = f"""{VALUES}
+{_SETTLE}
+float others = as_type<float>(state[row * {_STATE} + 4]);
+uint bound = prefix >> shift;
+// How much is above an element, if it is equal to the smallest one that is kept.
+float place = above;
+float places[{ITEMS}] = {{}};
+if (!MASS) {{
+{_PLACES}
+}}
+#pragma unroll
 for (uint i = 0; i < {ITEMS}; ++i) {{
   uint at = first + i * {THREADS};
   uint key = order_of(values[i]) >> shift;
-  bool kept = key > bound || (key == bound && (MASS || above + before + places[i] < target));
+  bool kept = key > bound || (key == bound && (MASS || places[i] < target));
   if (at < length) {{
     out[start + at] = kept ? T(values[i]) : T(others);
   }}
 }}
 """
 
-_BEGIN = Definition(
-    "filter_begin", ("x", "wanted"), ("next_weights", "next_state"), _FIRST, _HEADER
-)
+_BEGIN = Definition("filter_begin", ("x", "wanted"), ("next_weights", "next_state"), _FIRST, ORDER)
 _CONTINUE = Definition(
-    "filter_continue", ("x", "weights", "state"), ("next_weights", "next_state"), _NEXT, _HEADER
+    "filter_continue", ("x", "weights", "state"), ("next_weights", "next_state"), _NEXT, ORDER
 )
-_END = Definition("filter_end", ("x", "wanted", "weights", "state"), ("out",), _LAST, _HEADER)
+_END = Definition("filter_end", ("x", "weights", "state"), ("out",), _LAST, ORDER)
 
 
 def _filtered(compiled: Compile, x: mx.array, wanted: mx.array, *, by_mass: bool) -> mx.array:
@@ -213,7 +252,7 @@ def _filtered(compiled: Compile, x: mx.array, wanted: mx.array, *, by_mass: bool
     for _ in range(_PASSES[x.dtype] - 1):
         found = compiled(_CONTINUE)(inputs=[x, *found], **of_pass)  # type: ignore[arg-type]
     return compiled(_END)(
-        inputs=[x, wanted, *found],
+        inputs=[x, *found],
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],
         template=[("T", x.dtype), ("MASS", by_mass)],

@@ -1,7 +1,7 @@
 """Reductions of few long rows, as logits over a vocabulary are: logsumexp and argmax.
 
     logsumexp   y = log(sum_i exp(x[i]))
-    argmax      y = the first i with x[i] = max_j x[j]
+    argmax      y = the first i with x[i] = max_j x[j], where NaN is above everything
 
 MLX gives a row to one threadgroup, which then reads it alone. Here each row is divided into parts
 of `PART` elements, a threadgroup for each, and a second launch combines what they found: no
@@ -9,9 +9,10 @@ threadgroup relies on what another one of its launch wrote. Elements are read on
 of odd lengths begin anywhere; with so many threads enough of them are on the way. Everything is
 computed in float32, and logsumexp is rounded once.
 
-NaN and infinities are treated as MLX's kernels for GPUs do. argmax never chooses NaN: a row of
-nothing but NaN and -inf gives 0. logsumexp is NaN where an element is, unless +inf is among them,
-which gives inf (in MLX's kernel for CUDA that depends on their order); of -inf alone it is -inf.
+NaN and infinities are treated as in MLX (0.32.4). argmax is that of MLX bit for bit, for any row:
+the first NaN if there is one, 0 of -inf alone. It compares integers that are ordered as floats are.
+logsumexp is NaN where an element is, unless +inf is among them, which gives inf (in MLX's kernel
+for CUDA that depends on their order); of -inf alone it is -inf.
 """
 
 from __future__ import annotations
@@ -59,12 +60,22 @@ uint row = threadgroup_position_in_grid.x;
 uint parts = PARTS;
 size_t start = size_t(row) * parts;
 """
-_FIRST = """
-inline uint row_first(
-    uint index, threadgroup uint* partial, uint lane, uint group, uint groups) {
-  index = simd_min(index);
+#: An integer that grows with the float. Both zeros have the same, and NaN the largest.
+ORDER = """
+inline uint order_of(float value) {
+  uint bits = as_type<uint>(value == 0.0f ? 0.0f : value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    return 0xffffffffu;
+  }
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+"""
+_LEAST = """
+inline uint row_least(
+    uint value, threadgroup uint* partial, uint lane, uint group, uint groups) {
+  value = simd_min(value);
   if (lane == 0) {
-    partial[group] = index;
+    partial[group] = value;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   return simd_min(lane < groups ? partial[lane] : 0xffffffffu);
@@ -104,34 +115,37 @@ if (thread_in_row == 0) {{
   out[row] = T(base < INFINITY ? metal::log(total) + base : base);
 }}
 """
+# The larger an element, the smaller its rank; none has the largest rank, that of no element.
 _CHOICE = """
-float largest = row_max(best, partial, lane, group, groups);
+threadgroup uint ranks_of_groups[32];
 threadgroup uint indices_of_groups[32];
-uint found = row_first(
-    best == largest ? index : 0xffffffffu, indices_of_groups, lane, group, groups);
+uint least = row_least(best, ranks_of_groups, lane, group, groups);
+uint found = row_least(
+    best == least ? index : 0xffffffffu, indices_of_groups, lane, group, groups);
 """
 _ARGMAX_PARTS = f"""{VALUES}
-float best = -INFINITY;
-uint index = 0;
+uint best = 0xffffffffu;
+uint index = first;
 for (uint i = 0; i < {ITEMS}; ++i) {{
-  if (values[i] > best) {{
-    best = values[i];
+  uint rank = ~order_of(values[i]);
+  if (rank < best) {{
+    best = rank;
     index = first + i * {THREADS};
   }}
 }}
 {_CHOICE}
 if (thread_in_row == 0) {{
-  maxima[part] = largest;
+  ranks[part] = least;
   indices[part] = found;
 }}
 """
 _ARGMAX_WHOLE = f"""{_PARTS}
-float best = -INFINITY;
+uint best = 0xffffffffu;
 uint index = 0;
 for (uint i = thread_in_row; i < parts; i += threads) {{
-  float value = maxima[start + i];
-  if (value > best) {{
-    best = value;
+  uint rank = ranks[start + i];
+  if (rank < best) {{
+    best = rank;
     index = indices[start + i];
   }}
 }}
@@ -142,18 +156,18 @@ if (thread_in_row == 0) {{
 """
 
 
-def _pair(name: str, second: str, parts: str, whole: str) -> tuple[Definition, Definition]:
-    """Return a reduction's two kernels; `second` is what is known of a part beside its maximum."""
-    header = REDUCTIONS + _FIRST
-    outputs = ("maxima", second)
+def _pair(
+    name: str, known: tuple[str, str], parts: str, whole: str, header: str
+) -> tuple[Definition, Definition]:
+    """Return a reduction's two kernels; `known` are the names of what the first finds of parts."""
     return (
-        Definition(f"{name}_parts", ("x",), outputs, parts, header),
-        Definition(name, outputs, ("out",), whole, header),
+        Definition(f"{name}_parts", ("x",), known, parts, header),
+        Definition(name, known, ("out",), whole, header),
     )
 
 
-_LOGSUMEXP = _pair("logsumexp", "sums", _LOGSUMEXP_PARTS, _LOGSUMEXP_WHOLE)
-_ARGMAX = _pair("argmax", "indices", _ARGMAX_PARTS, _ARGMAX_WHOLE)
+_LOGSUMEXP = _pair("logsumexp", ("maxima", "sums"), _LOGSUMEXP_PARTS, _LOGSUMEXP_WHOLE, REDUCTIONS)
+_ARGMAX = _pair("argmax", ("ranks", "indices"), _ARGMAX_PARTS, _ARGMAX_WHOLE, ORDER + _LEAST)
 
 
 def _reduced(
@@ -161,16 +175,16 @@ def _reduced(
     compiled: Compile,
     x: mx.array,
     *,
-    second: mx.Dtype,
+    known: mx.Dtype,
     out: mx.Dtype,
 ) -> mx.array:
-    """Launch both kernels; `second` and `out` are the dtypes of their last outputs."""
+    """Launch both kernels; `known` and `out` are the dtypes of their outputs."""
     length = check_rows(x=x)
     rows, parts = count_rows(x), -(-length // PART)
     of_parts = compiled(pair[0])(
         inputs=[x],
         output_shapes=[(rows, parts)] * 2,
-        output_dtypes=[mx.float32, second],
+        output_dtypes=[known] * 2,
         grid=(rows * parts * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
     )
@@ -201,11 +215,11 @@ def launch_logsumexp(compiled: Compile, x: mx.array) -> mx.array:
     """
     if x.size == 0:  # MLX says so
         return mx.logsumexp(x, axis=-1, keepdims=True)
-    return _reduced(_LOGSUMEXP, compiled, x, second=mx.float32, out=x.dtype)
+    return _reduced(_LOGSUMEXP, compiled, x, known=mx.float32, out=x.dtype)
 
 
 def launch_argmax(compiled: Compile, x: mx.array) -> mx.array:
-    """Find the first largest element along the last axis, which stays.
+    """Find the first largest element along the last axis, which stays; NaN is above all.
 
     Args:
         compiled: compiles a definition.
@@ -220,7 +234,7 @@ def launch_argmax(compiled: Compile, x: mx.array) -> mx.array:
     """
     if x.size == 0:  # MLX says so
         return mx.argmax(x, axis=-1, keepdims=True)
-    return _reduced(_ARGMAX, compiled, x, second=mx.uint32, out=mx.uint32)
+    return _reduced(_ARGMAX, compiled, x, known=mx.uint32, out=mx.uint32)
 
 
 def _argmax_reference(x: mx.array) -> mx.array:
@@ -236,7 +250,7 @@ ARGMAX = register(
     KernelSpec(
         name="argmax",
         domain="reductions",
-        formula="y = the first i with x[i] = max_j x[j]",
+        formula="y = the first i with x[i] = max_j x[j]; NaN is above all",
         shapes=("x (..., V) float", "y (..., 1) uint32"),
         reference=_argmax_reference,
         sample=_argmax_sample,

@@ -127,7 +127,10 @@ class Filter:
 
 @lru_cache(maxsize=256)
 def _wanted(number: float) -> mx.array:
-    """Return a kernel's second argument, computed on the device (`cuda/kernel.py` says why)."""
-    wanted = mx.array([number, -mx.inf], mx.float32) + 0
+    """Return a kernel's second argument, computed on the device (`cuda/kernel.py` says why).
+
+    It is part of a longer array, as MLX's CUDA backend keeps those of 8 bytes in the host's memory.
+    """
+    wanted = (mx.array([number, -mx.inf, 0, 0], mx.float32) + 0)[:2]
     mx.eval(wanted)
     return wanted

@@ -183,11 +183,20 @@ def use(model: nn.Module, backend: str) -> None:
 
 
 def _filter(samplers: ModuleType, backend: str) -> None:
-    """Put filters in the place of the functions that are the module's own."""
+    """Put filters in the place of the functions that are the module's own.
+
+    A function has the globals of the module that it was written in, even if it calls itself by
+    the name of another one, as wrappers do.
+    """
     for name in FILTERS:
         stock = getattr(samplers, name, None)
-        if stock is not None and getattr(stock, "__module__", "") == samplers.__name__:
-            setattr(samplers, name, Filter(name, stock, backend, _few_long_rows))
+        if stock is not None and getattr(stock, "__globals__", None) is vars(samplers):
+            setattr(samplers, name, Filter(name, stock, backend, _is_to_be_filtered))
+
+
+def _is_to_be_filtered(x: mx.array) -> bool:
+    """Whether kernels serve an array; not where somebody still has a filter after the release."""
+    return bool(_USERS) and _few_long_rows(x)
 
 
 def release(model: nn.Module) -> None:
