@@ -6,8 +6,10 @@ For each checkpoint and prompt, zmlx writes 512 tokens, always the likeliest one
 the same weights and its scales in float32, then reads the whole in one pass and says at each
 position what it would have chosen (`zmlx.bench.text` says why that is as good as letting it write).
 A small model soon repeats itself, so both also choose along 512 tokens of given prose. Every
-difference is explained by its numbers. Stock reads eight tokens a second, so that all takes 40
-minutes. Writes tokens and differences to benchmarks/capsules/text-cpu.json.
+difference is explained by its numbers. On a CPU stock reads eight tokens a second, so that all
+takes 40 minutes. On a CUDA device `--piece 1` has stock read with its kernels for one token; those
+for several MLX compiles first, a minute for each dtype. Writes tokens and differences to
+benchmarks/capsules/text-cpu.json, or text-cuda.json.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from zmlx.bench.capsule import Quantities, Run, collect, write
 from zmlx.bench.decode import plan_of
 from zmlx.bench.loading import load_checkpoint
 from zmlx.bench.report import show
-from zmlx.bench.text import Difference, Reading, read, widen
+from zmlx.bench.text import PIECE, Difference, Reading, read, widen
 from zmlx.demo.prepare import prepare
 from zmlx.demo.smollm import DemoUnavailable
 from zmlx.patch import patch, unpatch
@@ -91,6 +93,7 @@ def line_of(entry: Difference, tokenizer: Any) -> str:
 @click.option("--shape", "shapes", multiple=True, default=("dense", "moe"))
 @click.option("--dtype", "dtypes", multiple=True, default=DTYPES)
 @click.option("--prompt", "names", multiple=True, help="Names of prompts; default: all.")
+@click.option("--piece", type=click.IntRange(min=1), default=PIECE, help="Tokens read at once.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the checkpoints lie.")
 @click.option("--capsule", type=click.Path(path_type=Path), help="Where tokens and numbers go.")
 def main(
@@ -98,6 +101,7 @@ def main(
     shapes: tuple[str, ...],
     dtypes: tuple[str, ...],
     names: tuple[str, ...],
+    piece: int,
     folder: Path | None,
     capsule: Path | None,
 ) -> None:
@@ -129,7 +133,9 @@ def main(
                 prompt, given = tokenizer.encode(file.read_text().strip()), None
                 if file.parent == PROSE:
                     prompt, given = prompt[:BEGINNING], prompt[BEGINNING:]
-                reading = read(model, wide, prompt, tokens, given=given, on_token=progress)
+                reading = read(
+                    model, wide, prompt, tokens, given=given, piece=piece, on_token=progress
+                )
                 made.append(run_of(subject, file.stem, reading))
                 lines = [line_of(entry, tokenizer) for entry in reading.differences]
                 notes += [f"{subject}, {file.stem}, {line}" for line in lines]

@@ -27,12 +27,11 @@ def loaded(folder, dtype):
     return model
 
 
-@pytest.mark.parametrize("piece", [4, 64])
-def test_stock_reads_what_it_would_write(folder, monkeypatch, piece):
-    monkeypatch.setattr(text, "_PIECE", piece)
+@pytest.mark.parametrize("piece", [1, 4, 64])
+def test_stock_reads_what_it_would_write(folder, piece):
     model, wide = loaded(folder, mx.float32), widen(loaded(folder, mx.float32))
     seen = []
-    reading = read(model, wide, PROMPT, 9, on_token=seen.append)
+    reading = read(model, wide, PROMPT, 9, piece=piece, on_token=seen.append)
     assert reading.tokens == reading.stock == generate(wide, PROMPT, 9).tokens
     assert reading.differences == ()
     assert len(reading.errors) == 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from zmlx.backend.cuda.ahead import is_settled, keep, lean_for
 from zmlx.backend.cuda.headers import headers
 from zmlx.backend.cuda.jit_module import KernelText, module_of
 from zmlx.backend.cuda.nvrtc import CompileError, Compiler
+from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.backend.cuda.source import PRELUDE, CudaSource
 from zmlx.backend.definition import CudaBody, Definition
 
@@ -98,6 +100,23 @@ def test_each_form_is_there_before_it_is_evaluated(here):
             assert found is not None
             assert found[1] == found[2]
             assert name.startswith(found[1].decode())
+
+
+def test_forms_are_compiled_beside_each_other(here, monkeypatch):
+    binary, threads = Compiler.binary, []
+
+    def noted(*args, **kwargs):
+        threads.append(threading.current_thread().name)
+        return binary(*args, **kwargs)
+
+    monkeypatch.setattr(Compiler, "binary", noted)
+    launch = kernel()
+    with side_by_side():
+        call(launch)
+        call(launch, dtype=mx.bfloat16)
+    assert len(files(here)) == 4
+    assert all(name.startswith("zmlx-compiler") for name in threads)
+    assert len(threads) == 2
 
 
 def test_files_are_written_once(here, compiler, monkeypatch):

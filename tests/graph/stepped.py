@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from zoo.build import build
 from zoo.configs import config_of
+from zoo.devices import on_cpu
 
 from zmlx.graph.lending import is_lent
 from zmlx.graph.program import DecodeProgram
@@ -64,9 +65,10 @@ def programs(model: nn.Module) -> list[DecodeProgram]:
 def filled(
     model: nn.Module, prompt: mx.array = PROMPT, cache: list[Any] | None = None
 ) -> list[Any]:
-    """Return a model's caches after a prompt."""
+    """Return a model's caches after a prompt, which the CPU reads."""
     cache = make_prompt_cache(model) if cache is None else cache
-    mx.eval(model(prompt, cache=cache))
+    with on_cpu():
+        mx.eval(model(prompt, cache=cache))
     return cache
 
 

@@ -21,6 +21,7 @@ from zmlx.profile import Policy, resolve_policy
 
 OPT_IN = ("rmsnorm", "layernorm", "softmax", "residual_norm", "deepseek_router")
 TOKENS = mx.array([[3, 14, 15]])
+WORDS = ("prepare", "probe")
 
 
 def report(model):
@@ -54,6 +55,32 @@ def test_nothing_that_has_to_be_asked_for_is_used_by_default():
         patch(model, exclude=["decode_step"])
     assert set(report(model).pattern_counts) == {"moe_mlp", "swiglu_mlp"}
     assert not {c.pattern for c in report(model).candidates} & set(OPT_IN)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_kernels_for_cuda_are_compiled_before_the_first_is_probed(name, monkeypatch):
+    noted: list[tuple[str, str]] = []
+
+    def noting(word, method):
+        def noted_call(spec, backend, **configuration):
+            noted.append((word, f"{spec.name} {sorted(configuration.items(), key=str)}"))
+            return method(spec, backend, **configuration)
+
+        return noted_call
+
+    for word in WORDS:
+        monkeypatch.setattr(KernelSpec, word, noting(word, getattr(KernelSpec, word)))
+    model = made("qwen3_moe", "float32-4bit")
+    with on_gpu(name):
+        patch(model)
+    words = [word for word, _ in noted]
+    prepared, probed = ({kernel for w, kernel in noted if w == word} for word in WORDS)
+    if name == "cuda":
+        assert prepared == probed
+        assert words == sorted(words)
+        assert len(probed) > 2
+    else:
+        assert set(words) == {"probe"}
 
 
 @pytest.mark.parametrize("name", OPT_IN)

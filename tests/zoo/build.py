@@ -23,6 +23,7 @@ from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import quantize_model
 from zoo.configs import Config, config_of
+from zoo.devices import on_cpu
 
 #: Spread of the noise on parameters that are born constant: norms, biases, correction biases.
 NOISE = 0.2
@@ -106,14 +107,15 @@ def reference(model: nn.Module, dtype: mx.Dtype) -> nn.Module:
     or, for a float64 twin, in float64.
     """
     twin = copy.deepcopy(model)
-    dense = [(path, _dense(m, dtype)) for path, m in twin.named_modules() if _is_quantized(m)]
-    if dense:
-        twin.update_modules(tree_unflatten(dense))
-    twin.set_dtype(dtype)
-    for _, m in twin.named_modules():
-        if type(m) is SwitchLinear:
-            m.__class__ = _GatheredLinear
-    mx.eval(twin.parameters())
+    with on_cpu():
+        dense = [(path, _dense(m, dtype)) for path, m in twin.named_modules() if _is_quantized(m)]
+        if dense:
+            twin.update_modules(tree_unflatten(dense))
+        twin.set_dtype(dtype)
+        for _, m in twin.named_modules():
+            if type(m) is SwitchLinear:
+                m.__class__ = _GatheredLinear
+        mx.eval(twin.parameters())
     return twin
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 from zoo.choices import Choice, choices, same, slip
+from zoo.devices import on_cpu
 
 Logits = npt.NDArray[np.float64]
 
@@ -133,7 +134,8 @@ def judge(
 
 
 def _replayed(function: Callable[[nn.Module], Logits], truth: nn.Module, told: Run) -> Run:
-    with _uncompiled(), choices(replay=told.choices) as made:
+    # A GPU has no float64.
+    with on_cpu(), _uncompiled(), choices(replay=told.choices) as made:
         return Run(function(truth), made)
 
 

@@ -39,12 +39,16 @@ SEVERAL = [
 
 
 def batch(rows: int):
-    """Return a run of as many sequences: a prompt of three tokens, then two single ones."""
+    """Return a run of as many sequences: a prompt of three tokens, then two single ones.
+
+    On a GPU the prompt is read token by token as well (`on_cpu` says why).
+    """
 
     def batched(model: nn.Module) -> Logits:
         cache = make_prompt_cache(model)
         prompt = mx.arange(rows * 3).reshape(rows, 3) * 7 % 151
-        steps = [model(prompt, cache=cache)]
+        pieces = mx.split(prompt, 3, axis=1) if mx.is_available(mx.gpu) else [prompt]
+        steps = [model(piece, cache=cache) for piece in pieces]
         for token in (5, 90):
             mx.eval(steps)
             steps.append(model(mx.full((rows, 1), token) + mx.arange(rows)[:, None], cache=cache))

@@ -55,6 +55,7 @@ def generate(
     *,
     forced: Sequence[int] | None = None,
     keep_logits: bool = False,
+    prefill_step: int = PREFILL_STEP,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Run a prompt and decode `count` tokens, always the likeliest, never stopping early.
@@ -66,6 +67,7 @@ def generate(
         forced: token ids to feed instead of the generated ones, so that two models see the same
             context; `count` or more.
         keep_logits: keep the logits of every generated position.
+        prefill_step: tokens of the prompt that go through the model at once.
         on_token: called after the prompt with its length and after each token with 1.
 
     Returns:
@@ -89,7 +91,7 @@ def generate(
     pending = list(prompt)
     for position in range(count):
         started = time.perf_counter()
-        logits = _last_logits(model, pending, cache)
+        logits = _last_logits(model, pending, cache, prefill_step)
         choice = mx.argmax(logits)
         mx.eval(choice, logits)
         seconds.append(time.perf_counter() - started)
@@ -112,11 +114,11 @@ def generate(
     )
 
 
-def _last_logits(model: nn.Module, tokens: list[int], cache: list[object]) -> mx.array:
+def _last_logits(model: nn.Module, tokens: list[int], cache: list[object], step: int) -> mx.array:
     """Return the logits (vocabulary,) after some tokens, which go through in steps."""
-    for start in range(0, len(tokens), PREFILL_STEP):
-        logits = model(mx.array([tokens[start : start + PREFILL_STEP]]), cache=cache)
-        if start + PREFILL_STEP < len(tokens):
+    for start in range(0, len(tokens), step):
+        logits = model(mx.array([tokens[start : start + step]]), cache=cache)
+        if start + step < len(tokens):
             mx.eval(logits[0, -1])
     last: mx.array = logits[0, -1]
     return last

@@ -25,8 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from zmlx.bench.generation import generate
 from zmlx.patch import patch, unpatch
 
-#: Tokens that stock reads between two reports of progress.
-_PIECE = 64
+#: Tokens that go through a model at once.
+PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def read(
     count: int,
     *,
     given: Sequence[int] | None = None,
+    piece: int = PIECE,
     on_token: Callable[[int], None] | None = None,
 ) -> Reading:
     """Write a continuation with the patched model and read it with stock in float32.
@@ -89,6 +90,7 @@ def read(
         prompt: token ids, at least two.
         count: tokens to write, at least two.
         given: a text that follows the prompt instead of what the model writes; `count` or more.
+        piece: tokens of the prompt, and of what stock reads, that are read at once.
         on_token: called with the number of tokens that went through either model.
 
     Returns:
@@ -96,12 +98,18 @@ def read(
     """
     try:
         written = generate(
-            patch(model), prompt, count, forced=given, keep_logits=True, on_token=on_token
+            patch(model),
+            prompt,
+            count,
+            forced=given,
+            keep_logits=True,
+            prefill_step=piece,
+            on_token=on_token,
         )
         assert written.logits is not None
         followed = written.tokens if given is None else given
         context = [*prompt, *followed[: count - 1]]
-        truth, cache = _stock_logits(unpatch(wide), context, count, on_token)
+        truth, cache = _stock_logits(unpatch(wide), context, count, piece, on_token)
         choices = _tokens(mx.argmax(truth, axis=-1))
         errors = mx.sqrt(mx.mean(mx.square(written.logits - truth), axis=-1))
         found = []
@@ -140,19 +148,20 @@ def _stock_logits(
     model: nn.Module,
     context: Sequence[int],
     count: int,
+    piece: int,
     on_token: Callable[[int], None] | None,
 ) -> tuple[mx.array, list[Any]]:
     """Return the logits (count, vocabulary) of the last positions, and the cache."""
     cache = make_prompt_cache(model)
     kept = []
-    for start in range(0, len(context), _PIECE):
-        piece = context[start : start + _PIECE]
-        logits = model(mx.array([piece]), cache=cache)[0]
+    for start in range(0, len(context), piece):
+        tokens = context[start : start + piece]
+        logits = model(mx.array([tokens]), cache=cache)[0]
         skipped = max(0, len(context) - count - start)
         kept.append(logits[skipped:].astype(mx.float32))
         mx.eval(kept[-1], [layer.state for layer in cache])
         if on_token is not None:
-            on_token(len(piece))
+            on_token(len(tokens))
     return mx.concatenate(kept), cache
 
 

@@ -116,7 +116,7 @@ class Batch:
         return f"batch {len(self.prompts)}"
 
     def run(self, model: nn.Module, tokens: int, prompts: Prompts) -> Outcome:
-        """Generate `tokens` tokens for each prompt, two or more, though not more than 17."""
+        """Generate `tokens` tokens for each prompt, two or more, at most 33."""
         wanted = min(tokens, _BATCH_STEPS + 1)
         size = len(self.prompts)
         caches = [prompts.after(prompt) for prompt in self.prompts]

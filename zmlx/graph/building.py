@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from zmlx.backend import for_kernels
 from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import built
 from zmlx.graph.probing import WrongResult, deviation
@@ -48,7 +49,7 @@ class Build:
         """Return the graph's outputs, lazily."""
         if for_kernels(has_reference=False) != "cuda":
             return built(self.graph, arrays)
-        with in_force(self.addresses):
+        with in_force(self.addresses), side_by_side():
             return built(self.graph, arrays)
 
 

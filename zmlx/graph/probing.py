@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
 from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.backend.outputs import together
 from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import FUSED, emit
@@ -56,16 +57,45 @@ def probe(
         WrongResult: a result is another one, or depends on more than what the operation reads.
         RuntimeError: a kernel cannot run.
     """
+    given, written = given or {}, written or {}
     known = {(node.op, node.arguments) for node in before.nodes if node.op.startswith(FUSED)}
+    nodes = []
     for node in after.nodes:
         if node.op.startswith(FUSED) and (node.op, node.arguments) not in known:
             known.add((node.op, node.arguments))
-            try:
-                _probe(before, after, node, given or {}, written or {})
-            except WrongResult as failure:
-                raise WrongResult(f"{node.op[len(FUSED) :]} {failure}") from failure
-            except RuntimeError as failure:
-                raise RuntimeError(f"{node.op[len(FUSED) :]} cannot run: {failure}") from failure
+            nodes.append(node)
+    if for_kernels(has_reference=False) == "cuda":
+        _compile(after, nodes, given)
+    for node in nodes:
+        try:
+            _probe(before, after, node, given, written)
+        except WrongResult as failure:
+            raise WrongResult(f"{node.op[len(FUSED) :]} {failure}") from failure
+        except RuntimeError as failure:
+            raise RuntimeError(f"{node.op[len(FUSED) :]} cannot run: {failure}") from failure
+
+
+def _compile(graph: Graph, nodes: Sequence[Node], given: Mapping[Value, mx.array]) -> None:
+    """Have kernels compiled at once, which are tried one after the other."""
+    with side_by_side(), suppress(RuntimeError):  # it is raised again, and then told
+        for node in nodes:
+            _launched(graph, node, list(_inputs(graph, node, given).values()))
+
+
+def _inputs(graph: Graph, node: Node, given: Mapping[Value, mx.array]) -> dict[Value, mx.array]:
+    """Return a fused operation's inputs: those that are known, and random ones."""
+    experts = [graph.constants[v].shape[0] for v in node.inputs if v in graph.constants]
+    inputs: dict[Value, mx.array] = {}
+    for number, value in enumerate(node.inputs):
+        held = graph.constants.get(value, given.get(value))
+        inputs[value] = _random(value, number, min(experts, default=1)) if held is None else held
+    return inputs
+
+
+def _launched(graph: Graph, node: Node, arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return a fused operation's results, lazily."""
+    with _as_in_a_program(graph.constants[v] for v in node.inputs if v in graph.constants):
+        return list(together(node.arguments[0](*arrays)))
 
 
 def _probe(
@@ -75,19 +105,14 @@ def _probe(
     given: Mapping[Value, mx.array],
     written: Mapping[Value, Value],
 ) -> None:
-    experts = [after.constants[v].shape[0] for v in node.inputs if v in after.constants]
-    inputs: dict[Value, mx.array] = {}
-    for number, value in enumerate(node.inputs):
-        held = after.constants.get(value, given.get(value))
-        inputs[value] = _random(value, number, min(experts, default=1)) if held is None else held
+    inputs = _inputs(after, node, given)
     changed = [value for value in node.inputs if value in written]
     wanted = [*node.outputs, *(written[value] for value in changed)]
     truths, allowed = _truths(before, inputs, wanted)
     # Copies, for the others are read by what is compared.
     arrays = [inputs[v] + 0 if v in written else inputs[v] for v in node.inputs]
     mx.eval(arrays)
-    with _as_in_a_program(after.constants[v] for v in node.inputs if v in after.constants):
-        results = list(together(node.arguments[0](*arrays)))
+    results = _launched(after, node, arrays)
     buffers = [array for v, array in zip(node.inputs, arrays, strict=True) if v in written]
     if buffers:
         results += mx.depends(buffers, results)

@@ -16,7 +16,9 @@ from typing import cast
 
 import mlx.core as mx
 
+from zmlx.kernels import rows
 from zmlx.kernels.spec import KernelSpec, Sample, register
+from zmlx.kernels.vocabulary import launch_logsumexp
 
 
 def _rms_norm_reference(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
@@ -27,7 +29,7 @@ def _rms_norm_reference(x: mx.array, weight: mx.array | None, eps: float) -> mx.
 
 
 def _logsumexp_reference(x: mx.array) -> mx.array:
-    wide = x.astype(mx.float32)
+    wide = rows.wide(x)
     largest = wide.max(axis=-1, keepdims=True)
     return (mx.log(mx.exp(wide - largest).sum(axis=-1, keepdims=True)) + largest).astype(x.dtype)
 
@@ -134,8 +136,9 @@ LOGSUMEXP = register(
         shapes=("x (..., V) float", "y (..., 1)"),
         reference=_logsumexp_reference,
         sample=_logsumexp_sample,
-        contract={"cpu": "tighter"},
+        contract={"metal": "tighter", "cuda": "tighter", "cpu": "tighter"},
         native="log_sum_exp",
+        fused=launch_logsumexp,
     )
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
@@ -168,6 +169,10 @@ class KernelSpec:
         """
         return _probe(self, backend, tuple(sorted(configuration.items(), key=lambda item: item[0])))
 
+    def prepare(self, backend: str, **configuration: Any) -> None:
+        """Launch what a probe would, without running it: kernels for CUDA are compiled by that."""
+        _prepare(self, backend, tuple(sorted(configuration.items(), key=lambda item: item[0])))
+
     def __hash__(self) -> int:
         return hash(self.name)
 
@@ -269,6 +274,13 @@ def _deviation(spec: KernelSpec, value: mx.array, truth: mx.array) -> Deviation:
     if not error <= allowed:
         return Deviation(error, allowed, f"error {error:.1e}, allowed {allowed:.0e}")
     return Deviation(error, allowed)
+
+
+@cache
+def _prepare(spec: KernelSpec, backend: str, configuration: tuple[tuple[str, Any], ...]) -> None:
+    sample = spec.sample(**dict(configuration))
+    with suppress(Exception):  # which the probe tells
+        spec.implementation(backend)(*sample.args, **sample.kwargs)
 
 
 @cache

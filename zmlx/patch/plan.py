@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.nn as nn
 
+from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.patch.pattern import (
     PatchConfig,
     PatchPattern,
@@ -67,6 +68,37 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
     """
     candidates: list[tuple[int, Candidate]] = []
     proposals: dict[int, tuple[nn.Module, Proposal, str]] = {}
+    examined = list(_examined(model, family, policy, request))
+    if request.backend == "cuda":
+        with side_by_side():
+            for found in examined:
+                found.judge.prepare(found.verdict)
+    for position, path, module, judge, verdict in examined:
+        if isinstance(verdict, Proposal) and position in proposals:
+            verdict = Refused(f"{proposals[position][2]} replaces this module")
+        chosen, contract, reason = judge(verdict)
+        name = type(module).__name__
+        candidate = Candidate(path, judge.pattern, chosen, reason, contract, name)
+        candidates.append((position, candidate))
+        if chosen and isinstance(verdict, Proposal):
+            proposals[position] = (module, verdict, judge.pattern)
+    candidates.sort(key=lambda item: item[0])
+    return Plan(tuple(c for _, c in candidates), tuple(proposals.values()))
+
+
+class _Examined(NamedTuple):
+    """What one pattern says of one module."""
+
+    position: int
+    path: str
+    module: nn.Module
+    judge: _Judge
+    verdict: Proposal | Refused
+
+
+def _examined(
+    model: nn.Module, family: Family, policy: Policy, request: Request
+) -> Iterator[_Examined]:
     modules = list(_modules(model))
     for pattern in request.patterns:
         if pattern.opt_in and not (request.explicit or policy.names(pattern.name(), family.name)):
@@ -74,18 +106,8 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
         judge = _Judge(pattern.name(), family, policy, request)
         for position, (path, module, parent) in enumerate(modules):
             verdict = pattern.examine(module, path, parent, judge.config)
-            if verdict is None:
-                continue
-            if isinstance(verdict, Proposal) and position in proposals:
-                verdict = Refused(f"{proposals[position][2]} replaces this module")
-            chosen, contract, reason = judge(verdict)
-            name = type(module).__name__
-            candidate = Candidate(path, pattern.name(), chosen, reason, contract, name)
-            candidates.append((position, candidate))
-            if chosen and isinstance(verdict, Proposal):
-                proposals[position] = (module, verdict, pattern.name())
-    candidates.sort(key=lambda item: item[0])
-    return Plan(tuple(c for _, c in candidates), tuple(proposals.values()))
+            if verdict is not None:
+                yield _Examined(position, path, module, judge, verdict)
 
 
 class _Judge:
@@ -98,17 +120,16 @@ class _Judge:
         self.config = PatchConfig(
             request.backend, options, policy.admits, request.threadgroup, request.verbose
         )
-        self._pattern, self._family, self._policy = pattern, family, policy
+        self.pattern, self._family, self._policy = pattern, family, policy
         self._backend, self._explicit = request.backend, request.explicit
 
     def __call__(self, verdict: Proposal | Refused) -> tuple[bool, str, str]:
         """Return whether it is chosen, its contract, and the reason."""
         if isinstance(verdict, Refused):
             return False, "", verdict.reason
-        contract = _weakest([use.spec.contract.get(self._backend, "") for use in verdict.kernels])
+        contract, objection = self._admitted(verdict)
         if not contract:
             return False, "", f"no kernel for {self._backend} yet"
-        objection = self._objection(contract)
         if objection is not None and not self._explicit:
             return False, contract, objection
         for use in verdict.kernels:
@@ -118,12 +139,26 @@ class _Judge:
         override = "" if objection is None else f" (asked for by name, although {objection})"
         return True, contract, verdict.note + override
 
+    def prepare(self, verdict: Proposal | Refused) -> None:
+        """Launch, without running them, the kernels that are to be probed."""
+        if isinstance(verdict, Refused):
+            return
+        contract, objection = self._admitted(verdict)
+        if contract and (objection is None or self._explicit):
+            for use in verdict.kernels:
+                use.spec.prepare(self._backend, **use.configuration)
+
+    def _admitted(self, verdict: Proposal) -> tuple[str, str | None]:
+        """Return the contract of all kernels, empty where there is none, and what is against it."""
+        contract = _weakest([use.spec.contract.get(self._backend, "") for use in verdict.kernels])
+        return contract, self._objection(contract) if contract else None
+
     def _objection(self, contract: str) -> str | None:
         """Return why the safety table or the profile keeps this pattern out, or None."""
-        refusal = self._family.refusals.get(self._pattern)
+        refusal = self._family.refusals.get(self.pattern)
         if refusal is not None and (not refusal.backends or self._backend in refusal.backends):
             return f"family {self._family.name} refuses it: {refusal.reason} ({refusal.evidence})"
-        allowed, why = self._policy.allows(self._pattern, contract, self._family.name)
+        allowed, why = self._policy.allows(self.pattern, contract, self._family.name)
         return None if allowed else why
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Hashable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from zmlx.backend.cuda.jit_module import (
     file_in,
     module_of,
 )
+from zmlx.backend.cuda.side_by_side import run
 from zmlx.backend.cuda.source import OVERLAPPED, PRELUDE, WAIT, CudaSource
 from zmlx.backend.definition import Template
 from zmlx_autopatch import speech
@@ -153,12 +154,8 @@ class Kernel:
         if found is None or self._text is None:
             return
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
-        try:
-            given = [(array.dtype, array.ndim) for array in arrays]
-            keep(module_of(self._text, given, output_dtypes, template), found)
-        except (nvrtc.CompileError, OSError, TypeError, ValueError) as failure:
-            if speech.level() == "debug":
-                speech.say(f"zmlx: kernel {self._text.name} is left to MLX: {failure}")
+        given = [(array.dtype, array.ndim) for array in arrays]
+        run(partial(_kept_or_left, self._text, given, output_dtypes, template, found))
 
     def binary(
         self,
@@ -191,6 +188,21 @@ class Kernel:
     def asked(self, name: str) -> tuple[str, ...]:
         """Return what the kernel is given along with an input: of "shape", "strides", "ndim"."""
         return tuple(what for what in ASKED if f"{name}_{what}" in self.source)
+
+
+def _kept_or_left(
+    text: KernelText,
+    inputs: Sequence[tuple[mx.Dtype, int]],
+    output_dtypes: Sequence[mx.Dtype],
+    template: Template,
+    lean: Lean,
+) -> None:
+    """Compile what a call needs, or say that MLX will."""
+    try:
+        keep(module_of(text, inputs, output_dtypes, template), lean)
+    except (nvrtc.CompileError, OSError, TypeError, ValueError) as failure:
+        if speech.level() == "debug":
+            speech.say(f"zmlx: kernel {text.name} is left to MLX: {failure}")
 
 
 def is_settled(source: CudaSource) -> bool:

@@ -62,6 +62,11 @@ class Replayed:
         def stock(*arrays: mx.array) -> mx.array:
             return self._stock(*whole(arrays), **options)
 
+        def gradients(primals: Any, cotangents: Any, _: Any) -> list[mx.array]:
+            # MLX gives a lone argument without a tuple around it.
+            arrays = (primals,) if isinstance(primals, mx.array) else tuple(primals)
+            return gradients_of(stock, arrays, cotangents)
+
         function = mx.custom_function(launched)
-        function.vjp(lambda arrays, cotangents, _: gradients_of(stock, tuple(arrays), cotangents))
+        function.vjp(gradients)
         return Replay(function, launched)
