@@ -26,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.kernels.fast import LOGSUMEXP
 from zmlx.kernels.program import PROGRAM
 from zmlx.kernels.rows import FLOATS
@@ -168,7 +169,12 @@ def use(model: nn.Module, backend: str) -> None:
     modules = [sys.modules.get(name) for name in (_GENERATE, _SAMPLERS)]
     if not any(getattr(module, "mx", None) is mx or _placed(module) for module in modules):
         return
-    for kernel in _kernels(backend):
+    kernels = _kernels(backend)
+    if backend == "cuda":
+        with side_by_side():
+            for kernel in kernels:
+                kernel.prepare(backend, dtype=mx.bfloat16)
+    for kernel in kernels:
         if backend not in kernel.contract or kernel.probe(backend, dtype=mx.bfloat16):
             return
     number = id(model)
