@@ -205,7 +205,7 @@ def test_a_recording_launches_clusters(monkeypatch):
     monkeypatch.setattr(attention_launch, "_definition", lambda v: launched.append(v) or right(v))
     monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
     decode_attention(*given, state(3), scale=1.0)
-    with in_force(Addresses([]), lambda kernel: kernel.run):
+    with in_force(Addresses([]), clusters=True):
         decode_attention(*given, state(3), scale=1.0)
     assert [(v.form, v.cluster) for v in launched] == [("joined", 1), ("whole", 4)]
 
@@ -214,9 +214,11 @@ def test_a_recording_launches_clusters(monkeypatch):
 def test_only_recordings_have_clusters(architecture, may, monkeypatch):
     monkeypatch.setattr(attention_launch, "architecture", lambda: architecture)
     nothing = Addresses([])
-    with in_force(nothing, lambda kernel: kernel.run):
+    with in_force(nothing, clusters=True):
         assert attention_launch.may_cluster() == may
-    with in_force(nothing):
+        with in_force(nothing):
+            assert not attention_launch.may_cluster()
+    with in_force(nothing, lambda kernel: kernel.run):
         assert not attention_launch.may_cluster()
     assert not attention_launch.may_cluster()
 
@@ -260,7 +262,7 @@ def test_which_blocks_are_clusters(shape, options, older, splits, cluster, monke
     without = found(tensor=False)
     joined = (splits, 1, "joined" if splits > 1 else "whole")
     assert found() == joined
-    monkeypatch.setattr(attention_launch, "is_recording", lambda: True)
+    monkeypatch.setattr(attention_launch, "takes_clusters", lambda: True)
     assert found() == ((splits, cluster, "whole") if cluster > 1 else joined)
     assert found(tensor=False) == without
     monkeypatch.setattr(attention_launch, "architecture", lambda: 89)
@@ -269,7 +271,7 @@ def test_which_blocks_are_clusters(shape, options, older, splits, cluster, monke
 
 def test_up_to_how_many_positions_blocks_are_clusters(monkeypatch):
     monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
-    monkeypatch.setattr(attention_launch, "is_recording", lambda: True)
+    monkeypatch.setattr(attention_launch, "takes_clusters", lambda: True)
     monkeypatch.setattr(attention_launch, "CLUSTERED", 1024)
     for capacity, found in ((1024, (8, 8)), (1025, (32, 1))):
         q, keys = (mx.zeros(s, BF16) for s in ((1, 8, 128), (1, 4, capacity, 128)))

@@ -8,7 +8,7 @@ import pytest
 from emulated_cuda import emulate_cuda
 from simulated_recording import SimulatedRecording
 
-from zmlx.backend.cuda.addresses import Addresses
+from zmlx.backend.cuda.addresses import Addresses, takes_clusters
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.graph.arena import Arena
@@ -17,10 +17,12 @@ from zmlx.graph.nodes import Graph, Node, Value
 from zmlx.graph.operations import built
 from zmlx.graph.placing import alone, views
 from zmlx.graph.planning import steps
+from zmlx.graph.replayed import Replayed
 from zmlx.graph.segments import segments
 from zmlx.graph.trace import TraceError, trace
 
 SUM = "uint i = thread_position_in_grid.x; out[i] = x[i] + y[i];"
+BY_HAND = "unsigned i = threadIdx.x; out[i] = x[i] + y[i];"
 PLUS = Definition("plus", ("x", "y"), ("out",), SUM)
 TIMES = mx.array([2.0, 3.0, 5.0, 7.0])
 
@@ -30,8 +32,8 @@ def on_cuda(monkeypatch):
     emulate_cuda(monkeypatch)
 
 
-def plus(x, y, **options):
-    [out] = launcher(PLUS, "cuda")(
+def plus(x, y, of=PLUS, **options):
+    [out] = launcher(of, "cuda")(
         inputs=[x, y],
         output_shapes=[(4,)],
         output_dtypes=[mx.float32],
@@ -299,3 +301,40 @@ def test_places_are_used_again_and_never_twice_at_once():
     arena.give_back(second)
     assert (arena.take(100), arena.take(100)) == (256, 512)
     assert arena.size == 1280
+
+
+def clusters_of(step, monkeypatch):
+    """Return how many blocks are a cluster in the launches of a step: recorded ones, and MLX's."""
+    alone, together = (
+        Definition(f"plus_{n}", ("x", "y"), ("out",), SUM, cuda=CudaBody(BY_HAND, cluster=n))
+        for n in (1, 2)
+    )
+
+    def clustered(x, y):
+        return plus(x, y, of=together if takes_clusters() else alone)
+
+    monkeypatch.setattr(Replayed, "_recorded", lambda self, launches: None)
+    x, y = mx.arange(4).astype(mx.float32), mx.ones(4)
+    graph = graph_of(lambda x, y: step(x, y, clustered), x, y)
+    parts = Replayed(graph, (x, y), (), Addresses([]))._parts
+    others = [node for node in (*parts.head.nodes, *parts.tail.nodes) if node.op == LAUNCH]
+    return [
+        [node.arguments[0].kernel.cluster for node in nodes] for nodes in (parts.launches, others)
+    ]
+
+
+def test_only_recordings_launch_clusters(monkeypatch):
+    """MLX, which updates the graphs that it has built, gets none, and then there are none."""
+
+    def inside(x, y, clustered):
+        first = plus(mx.exp(x), y)
+        return [mx.sin(plus(clustered(first, y), y))]
+
+    def after(x, y, clustered):
+        first = mx.exp(x)
+        for _ in range(4):
+            first = clustered(first, y)
+        return [clustered(mx.sin(first), y)]
+
+    assert clusters_of(inside, monkeypatch) == [[1, 2, 1], []]
+    assert clusters_of(after, monkeypatch) == [[1] * 4, [1]]

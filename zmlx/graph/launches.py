@@ -79,13 +79,16 @@ class Launch:
         return x, y, z
 
 
-def traced_launches(graph: Graph, arrays: Sequence[mx.array], addresses: Addresses) -> Graph:
+def traced_launches(
+    graph: Graph, arrays: Sequence[mx.array], addresses: Addresses, *, clusters: bool = False
+) -> Graph:
     """Return a graph of launches and MLX's operations that computes the same.
 
     Args:
         graph: as `built` takes it.
         arrays: one for each input; only shapes and dtypes matter.
         addresses: the constants that kernels take by address.
+        clusters: launches may be of clusters of blocks.
 
     Raises:
         NotRecordable: a launch is of a kind that is not recorded.
@@ -97,7 +100,7 @@ def traced_launches(graph: Graph, arrays: Sequence[mx.array], addresses: Address
         def through(kernel: Kernel) -> Any:
             return recorder.recording(kernel.run, partial(_described, kernel))
 
-        with in_force(addresses, through):
+        with in_force(addresses, through, clusters=clusters):
             yield []
 
     traced, _ = trace_with(noting, lambda *given: built(graph, given), *arrays)

@@ -37,11 +37,15 @@ class Replayed:
         buffers: Iterable[Value],
         addresses: Addresses,
     ) -> None:
-        launches = traced_launches(graph, arrays, addresses)
-        of = dict(zip(graph.inputs, launches.inputs, strict=True))
+        kept = tuple(buffers)
+        for clusters in (True, False):
+            launches = traced_launches(graph, arrays, addresses, clusters=clusters)
+            of = dict(zip(graph.inputs, launches.inputs, strict=True))
+            self._parts = segments(launches, [of[value] for value in kept])
+            if not self._parts.leaves_clusters_to_mlx:
+                break
         self._addresses = addresses
         self._inputs = launches.inputs
-        self._parts = segments(launches, [of[value] for value in buffers])
         self._recording = self._recorded(launches)
         self._head = _function(self._parts.head)
         self._tail = _function(self._parts.tail)

@@ -40,6 +40,12 @@ class Segments:
     results: tuple[Value, ...]
     tail: Graph
 
+    @property
+    def leaves_clusters_to_mlx(self) -> bool:
+        """Whether MLX would launch clusters of blocks, which are for recordings only."""
+        nodes = (*self.head.nodes, *self.tail.nodes)
+        return any(node.op == LAUNCH and node.arguments[0].kernel.cluster > 1 for node in nodes)
+
 
 def segments(graph: Graph, buffers: Iterable[Value]) -> Segments:
     """Divide a graph so that as many launches as possible are recorded.

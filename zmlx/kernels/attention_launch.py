@@ -9,7 +9,7 @@ from functools import cache
 import mlx.core as mx
 
 from zmlx.backend.capability import architecture
-from zmlx.backend.cuda.addresses import is_recording
+from zmlx.backend.cuda.addresses import takes_clusters
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.kernels import (
@@ -324,7 +324,7 @@ def may_cluster() -> bool:
     MLX gives graphs that it has built other kernels later, and an update of CUDA's may leave a node
     with the clusters of the kernel before.
     """
-    return is_recording() and has_clusters()
+    return takes_clusters() and has_clusters()
 
 
 def fits_tensor_cores(

@@ -114,10 +114,11 @@ Through = Callable[[Kernel], Callable[..., Any]]
 
 
 class _InForce(threading.local):
-    """The addresses that launches of this thread use, and what they go through."""
+    """The addresses that launches of this thread use, what they go through, and may be."""
 
     addresses: Addresses | None = None
     through: Through | None = None
+    clusters: bool = False
 
 
 _IN_FORCE = _InForce()
@@ -134,25 +135,28 @@ def run_of(kernel: Kernel) -> Callable[..., Any]:
     return kernel.run if through is None else through(kernel)
 
 
-def is_recording() -> bool:
-    """Return whether launches of this thread are described, for a graph of our own, not run."""
-    return _IN_FORCE.through is not None
+def takes_clusters() -> bool:
+    """Return whether launches of this thread may be of clusters: not those that MLX runs."""
+    return _IN_FORCE.clusters
 
 
 @contextmanager
-def in_force(addresses: Addresses, through: Through | None = None) -> Iterator[None]:
+def in_force(
+    addresses: Addresses, through: Through | None = None, *, clusters: bool = False
+) -> Iterator[None]:
     """Let launches of this thread take the arrays by address until the block ends.
 
     Args:
         addresses: the arrays.
         through: gives what is called in place of a kernel's `run`, with the same arguments.
+        clusters: they may be of clusters of blocks (`takes_clusters`).
     """
-    before = _IN_FORCE.addresses, _IN_FORCE.through
-    _IN_FORCE.addresses, _IN_FORCE.through = addresses, through
+    before = _IN_FORCE.addresses, _IN_FORCE.through, _IN_FORCE.clusters
+    _IN_FORCE.addresses, _IN_FORCE.through, _IN_FORCE.clusters = addresses, through, clusters
     try:
         yield
     finally:
-        _IN_FORCE.addresses, _IN_FORCE.through = before
+        _IN_FORCE.addresses, _IN_FORCE.through, _IN_FORCE.clusters = before
 
 
 def _addresses(arrays: Sequence[mx.array]) -> list[int]:

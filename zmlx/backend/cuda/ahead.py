@@ -72,9 +72,10 @@ class Kernel:
         whole: the text before parts of it went into files, by default the same.
         told: declarations that go before it; they may read constants.
         early: inputs that it reads before it waits, which it does itself then.
+        cluster: blocks that are a cluster, as its text says.
 
     Attributes:
-        name, input_names, ensure_row_contiguous, early: the same.
+        name, input_names, ensure_row_contiguous, early, cluster: the same.
         source: its body, with all that goes before it.
         run: what MLX made of it. A call whose `output_dtypes` or `template` is not what it was at
             the call before, which is here, has to be noticed first.
@@ -86,6 +87,7 @@ class Kernel:
     __slots__ = (
         "_forms",
         "_text",
+        "cluster",
         "early",
         "ensure_row_contiguous",
         "input_names",
@@ -107,8 +109,10 @@ class Kernel:
         whole: CudaSource | None = None,
         told: str = "",
         early: Sequence[str] = (),
+        cluster: int = 1,
     ) -> None:
         self.name, self.input_names, self.early = name, tuple(input_names), tuple(early)
+        self.cluster = cluster
         self.source = told + ("" if early else f"{WAIT}\n") + source.body
         self.ensure_row_contiguous = ensure_row_contiguous
         found = lean()

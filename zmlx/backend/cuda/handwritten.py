@@ -58,6 +58,7 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
             whole=whole,
             told=told,
             early=body.early,
+            cluster=body.cluster,
         )
 
     def asks_about(name: str) -> bool:
