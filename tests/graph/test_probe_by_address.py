@@ -66,3 +66,11 @@ def test_all_kinds_are_compiled_before_the_first_one_runs(monkeypatch):
     probing.probe(before, Graph((X,), tuple(outs), held, tuple(nodes)))
     assert sorted(seen[:2]) == [("both", "zmlx"), ("other", "zmlx")]
     assert seen[2:] == [("both", "Main"), ("other", "Main")]
+
+
+def test_an_input_may_be_read_twice(monkeypatch):
+    monkeypatch.setattr(probing, "for_kernels", lambda **_: "cuda")
+    monkeypatch.setattr(addresses, "_addresses", lambda arrays: list(range(len(arrays))))
+    before = Graph((X,), (OUT,), {}, (Node("Multiply", (X, X), (OUT,)),))
+    node = Node(f"{FUSED}square", (X, X), (OUT,), (lambda x, again: x * again,))
+    probing.probe(before, Graph((X,), (OUT,), {}, (node,)))

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from stepped import PROMPT, deviation, filled, lent, programs, step, stepped, steps_of, two
-from zoo.devices import on_cpu
+from zoo.devices import of_stock, on_cpu
 
 from zmlx.graph.caches import leaves
 from zmlx.graph.lending import ROOM, rows_for
@@ -263,8 +263,12 @@ def test_quantized_while_it_is_lent(llamas):
 
 def test_generation_with_a_quantized_cache(llamas):
     options = {"max_tokens": 12, "kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 11}
-    with on_cpu():
-        tokens = [[int(t) for t, _ in generate_step(PROMPT[0], m, **options)] for m in llamas]
+
+    def written(model):
+        return [int(token) for token, _ in generate_step(PROMPT[0], model, **options)]
+
+    truth = of_stock(lambda: written(llamas[1]))
+    tokens = [written(llamas[0]), truth]
     assert tokens[0] == tokens[1]
     assert len(tokens[0]) == 12
 

@@ -1,11 +1,17 @@
-"""Run a part of a test on the CPU, on a machine that has a GPU."""
+"""What a GPU's own kernels of MLX cannot do, or do wrong, for the zoo's tiny models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import mlx.core as mx
+import pytest
+
+ON_GPU = mx.is_available(mx.gpu)
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -21,3 +27,16 @@ def on_cpu() -> Iterator[None]:
         yield
     finally:
         mx.set_default_device(before)
+
+
+def of_stock(run: Callable[[], Result]) -> Result:
+    """Return what a run of a stock model gives; on a GPU that has no kernel for it the test ends.
+
+    What a patched model leaves to MLX cannot run there either.
+    """
+    try:
+        return run()
+    except Exception as failure:
+        if ON_GPU:
+            pytest.xfail(f"the stock model on this GPU: {failure}")
+        raise

@@ -79,7 +79,8 @@ def _compile(graph: Graph, nodes: Sequence[Node], given: Mapping[Value, mx.array
     """Have kernels compiled at once, which are tried one after the other."""
     with side_by_side(), suppress(RuntimeError):  # it is raised again, and then told
         for node in nodes:
-            _launched(graph, node, list(_inputs(graph, node, given).values()))
+            inputs = _inputs(graph, node, given)
+            _launched(graph, node, [inputs[value] for value in node.inputs])
 
 
 def _inputs(graph: Graph, node: Node, given: Mapping[Value, mx.array]) -> dict[Value, mx.array]:
