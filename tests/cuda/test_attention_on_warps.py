@@ -234,7 +234,7 @@ def test_only_recordings_have_clusters(architecture, may, monkeypatch):
         ((5, 4, 64, 512), {}, 6, 4, 4),
         ((11, 4, 64, 512), {}, 3, 2, 2),
         ((40, 4, 64, 512), {}, 1, 1, 1),
-        ((1, 4, 128, 513), {}, 16, 16, 1),
+        ((1, 4, 128, 513), {}, 16, 8, 8),
         ((5, 4, 64, 1024), {}, 6, 6, 1),
         ((1, 4, 128, 8704), {}, 33, 33, 1),
         ((4, 8, 128, 8704), {}, 4, 4, 1),
@@ -247,7 +247,8 @@ def test_only_recordings_have_clusters(architecture, may, monkeypatch):
         ((11, 4, 192, 512), {}, 3, 3, 1),
         ((1, 4, 512, 512), {"rope_size": 64}, 8, 8, 8),
         ((5, 4, 512, 512), {"rope_size": 64}, 6, 4, 4),
-        ((1, 1, 512, 1024), {"rope_size": 64}, 16, 16, 1),
+        ((1, 1, 512, 1024), {"rope_size": 64}, 16, 8, 8),
+        ((5, 4, 512, 1024), {"rope_size": 64}, 6, 6, 1),
     ],
 )
 def test_which_blocks_are_clusters(shape, options, older, splits, cluster, monkeypatch):
@@ -272,10 +273,13 @@ def test_which_blocks_are_clusters(shape, options, older, splits, cluster, monke
 def test_up_to_how_many_positions_blocks_are_clusters(monkeypatch):
     monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
     monkeypatch.setattr(attention_launch, "takes_clusters", lambda: True)
-    monkeypatch.setattr(attention_launch, "CLUSTERED", 1024)
-    for capacity, found in ((1024, (8, 8)), (1025, (32, 1))):
+    for capacity, found in ((2048, (8, 8)), (2049, (33, 1))):
         q, keys = (mx.zeros(s, BF16) for s in ((1, 8, 128), (1, 4, capacity, 128)))
         layout = Layout.of(q, keys, 128, state(0), tensor=True)
+        assert (layout.splits, layout.cluster) == found
+    for capacity, found in ((1024, (8, 8)), (1025, (32, 1))):
+        q, keys = (mx.zeros(s, BF16) for s in ((1, 20, 512), (1, 1, capacity, 512)))
+        layout = Layout.of(q, keys, 512, state(0), rope_size=64, tensor=True)
         assert (layout.splits, layout.cluster) == found
 
 

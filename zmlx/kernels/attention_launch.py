@@ -43,8 +43,9 @@ _LATENT_TILE = 32
 _TILES = 4
 #: Up to this capacity tiles are asked for before it is known which hold anything.
 _AT_ONCE = 1024
-#: Most positions that one cluster works on by default: with more, more blocks are faster.
-CLUSTERED = 512
+#: Most positions that one cluster works on by default, of heads, of latents, and of both where there
+#: are too many rows for clusters of eight: with more, more blocks are faster (DECODE.md).
+CLUSTERED, CLUSTERED_LATENTS, CLUSTERED_FEW = 2048, 1024, 512
 #: Most elements there for which a block has room for what others of its cluster give it.
 _CLUSTER_SIZE = 128
 #: Counters of those who arrive: of all, and of up to sixteen times sixteen threadgroups.
@@ -128,7 +129,8 @@ class Layout:
         if splits is None:
             least = (2 if rope_size else _TILES) * tile or LEAST
             splits = max(1, min(THREADGROUPS // (batch * kv_heads * groups), -(-seen // least)))
-            fits &= seen <= CLUSTERED
+            most = CLUSTERED_LATENTS if rope_size else CLUSTERED
+            fits &= seen <= (most if splits >= SIZES[-1] else CLUSTERED_FEW)
             if fits and has_clusters():
                 splits = max(size for size in (1, *SIZES) if size <= splits)
         elif not 1 <= splits <= CHUNK - 2:
