@@ -43,8 +43,8 @@ _LATENT_TILE = 32
 _TILES = 4
 #: Up to this capacity tiles are asked for before it is known which hold anything.
 _AT_ONCE = 1024
-#: Most positions that one cluster works on by default, of heads, of latents, and of both where there
-#: are too many rows for clusters of eight: with more, more blocks are faster (DECODE.md).
+#: Most positions that one cluster works on by default, of heads, of latents, and of both where
+#: there are too many rows for clusters of eight: with more, more blocks are faster (DECODE.md).
 CLUSTERED, CLUSTERED_LATENTS, CLUSTERED_FEW = 2048, 1024, 512
 #: Most elements there for which a block has room for what others of its cluster give it.
 _CLUSTER_SIZE = 128
