@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from zmlx.bench.capsule import Capsule, Run, read
@@ -167,8 +167,12 @@ def parts(capsule: Capsule, subject: str, variant: str) -> Iterator[str]:
         return capsule.median(subject, variant, quantity)
 
     rate, limit = middle("decode"), middle("of_the_limit")
-    yield digits(1e6 / rate if rate else None)
-    yield from (digits(middle(name)) for name in ("python", "encoding", "gpu", "kernels"))
+    token, gpu = 1e6 / rate if rate else None, middle("gpu")
+    yield digits(token)
+    yield from (digits(middle(name)) for name in ("python", "encoding"))
+    # A sum over kernels that overlap is more than a token takes, and no time.
+    yield "overlapping" if gpu and token and variant == "zmlx" and gpu > token else digits(gpu)
+    yield digits(middle("kernels"))
     sizes = middle("weights"), middle("cache")
     yield "" if None in sizes else f"{sum(size or 0 for size in sizes) / 1e9:.2f}"
     yield "" if limit is None else f"{limit:.0f} %"
@@ -228,20 +232,20 @@ def titled(label: str) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """A table: its name between the comments, its page, its capsules, and how it is made."""
+    """A table: its name between the comments, its page, its capsule, and how it is made."""
 
     name: str
     page: str
-    capsules: str
+    capsule: str
     table: Callable[[Capsule], Iterator[str]]
 
 
-#: Capsules of models may come one by one; their runs stand in one table.
-_MODELS = "models*-cuda.json"
+_MODELS = "models-cuda.json"
 PLACES = (
     Place("bandwidth-cpu", "docs/CPU.md", "bandwidth-cpu.json", bandwidth),
     Place("sharing-cpu", "docs/CPU.md", "sharing-cpu.json", sharing),
     Place("text-cpu", "docs/CPU.md", "text-cpu.json", text),
+    Place("text-cuda", "docs/CUDA.md", "text-cuda.json", text),
     Place("launch-cuda", "docs/CUDA.md", "launch-cuda.json", launches),
     Place("ops-cuda", "docs/CUDA.md", "ops-cuda.json", operations),
     Place("models-cuda", "README.md", _MODELS, first_speeds),
@@ -251,31 +255,26 @@ PLACES = (
 )
 
 
-def block(place: Place, files: list[Path]) -> str:
+def block(place: Place, file: Path) -> str:
     """Return what stands between the comments."""
-    capsules = [read(file) for file in files]
-    capsule = replace(capsules[0], runs=tuple(run for each in capsules for run in each.runs))
+    capsule = read(file)
     hardware = capsule.environment["hardware"]
     gpu = f"{hardware['accelerator']}, " if hardware.get("accelerator") else ""
     where = f"{gpu}{hardware['cpu']}, {hardware['usable_cores']} cores, {capsule.created[:10]}"
-    folder = (ROOT / place.page).parent
-    links = ", ".join(
-        f"[capsule]({Path(os.path.relpath(file, folder)).as_posix()})" for file in files
-    )
-    return "\n".join([*place.table(capsule), "", f"({where}; every run: {links}.)\n"])
+    link = Path(os.path.relpath(file, (ROOT / place.page).parent)).as_posix()
+    return "\n".join([*place.table(capsule), "", f"({where}; every run: [capsule]({link}).)\n"])
 
 
 def main() -> None:
     for place in PLACES:
-        page = ROOT / place.page
-        files = sorted(CAPSULES.glob(place.capsules))
+        page, file = ROOT / place.page, CAPSULES / place.capsule
         between = re.compile(rf"(<!-- {place.name} -->\n).*?(<!-- end -->)", re.DOTALL)
         old = page.read_text(encoding="utf-8")
-        if not files or not between.search(old):
-            missing = f"no <!-- {place.name} -->" if files else f"no {place.capsules} yet"
+        if not file.is_file() or not between.search(old):
+            missing = f"no <!-- {place.name} -->" if file.is_file() else f"no {file.name} yet"
             print(f"{place.page}: {missing}", file=sys.stderr)
             continue
-        made = block(place, files)
+        made = block(place, file)
         new = between.sub(lambda found, made=made: found[1] + made + found[2], old)
         page.write_text(new, encoding="utf-8")
 

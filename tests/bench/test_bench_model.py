@@ -482,7 +482,7 @@ def test_kernels_are_recorded_last_for_every_model(folder, tmp_path, capsys, mon
         order.append("record")
         call()
         call()
-        return KernelTimes((KernelTime("qmv", 3.0, 60.0), KernelTime("copy", 1.0, 2.0)), 3.0)
+        return KernelTimes((KernelTime("qmv", 3.0, 60.0), KernelTime("copy", 1.0, 2.0)), 3.0, 62.0)
 
     stock = Decode.run
     monkeypatch.setattr(Decode, "run", run)
@@ -507,7 +507,9 @@ def test_kernels_are_listed_by_name(capsys):
     from zmlx.bench.kernel_times import KernelTime, KernelTimes
 
     rows = tuple(KernelTime(f"kernel_{k}[x]", 2.0, 10.0 - k) for k in range(4))
-    model.show_kernels("tiny, context 8, stock", KernelTimes(rows, 8.0), 3)
+    model.show_kernels(
+        "tiny, context 8, stock", KernelTimes(rows, 8.0, sum(row.microseconds for row in rows)), 3
+    )
     out = capsys.readouterr().out
     assert "8 kernels, 34 us a token" in out
     assert "kernel_2[x]" in out

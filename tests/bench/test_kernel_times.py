@@ -12,11 +12,11 @@ from zmlx.bench import kernel_times
 from zmlx.bench.kernel_times import NotRecorded, record, summed, why_not
 
 EVENTS = [
-    {"cat": "kernel", "name": "qmv", "dur": 4.0},
-    {"cat": "kernel", "name": "qmv", "dur": 6.0},
-    {"cat": "kernel", "name": "norm", "dur": 1.0},
-    {"cat": "gpu_memcpy", "name": "copy", "dur": 12.0},
-    {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "dur": 100.0},
+    {"cat": "kernel", "name": "qmv", "ts": 30.0, "dur": 4.0},
+    {"cat": "kernel", "name": "qmv", "ts": 10.0, "dur": 6.0},
+    {"cat": "kernel", "name": "norm", "ts": 16.0, "dur": 1.0},
+    {"cat": "gpu_memcpy", "name": "copy", "ts": 40.0, "dur": 12.0},
+    {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0.0, "dur": 100.0},
     {"name": "process_name", "ph": "M"},
 ]
 
@@ -27,6 +27,22 @@ def test_events_are_summed_by_name_for_one_token():
     assert times.microseconds == 11.5
     rows = [(row.name, row.count, row.microseconds) for row in times.rows]
     assert rows == [("copy", 0.5, 6.0), ("qmv", 1.0, 5.0), ("norm", 0.5, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("spans", "covered"),
+    [
+        ([(0, 4), (3, 4)], 7),  # the second one is let in before the first has ended
+        ([(0, 10), (2, 3)], 10),
+        ([(5, 1), (0, 2), (1, 2)], 4),
+        ([(0, 2), (0, 2)], 2),
+    ],
+)
+def test_time_in_which_several_run_counts_once(spans, covered):
+    events = [{"cat": "kernel", "name": "k", "ts": at, "dur": lasts} for at, lasts in spans]
+    times = summed(events, tokens=1)
+    assert times.microseconds == covered
+    assert times.rows[0].microseconds == sum(lasts for _, lasts in spans)
 
 
 def test_a_trace_without_kernels_is_no_zero():

@@ -286,6 +286,10 @@ def test_a_published_shape_takes_no_memory(shape: str) -> None:
     assert mx.get_peak_memory() - before < 20_000_000
     for backend in BACKENDS:
         assert counted[backend]["stock"]["QuantizedMatmul"] > 80
+    # A long vocabulary is divided among threadgroups, and a second launch joins them.
+    for variants in counted.values():
+        for operation in ("ArgReduce", "LogSumExp"):
+            assert (variants["stock"][operation], variants["patched"][operation]) == (1, 2)
 
 
 def test_a_layer_of_llama_is_what_one_counts_by_hand() -> None:

@@ -35,7 +35,8 @@ class KernelTime:
     Attributes:
         name: as the compiler named it, shortened.
         count: how often it runs for a token.
-        microseconds: that all of them take together for a token.
+        microseconds: that all of them take together for a token; a kernel that is let in early, and
+            waits for the one before, takes that time too.
     """
 
     name: str
@@ -50,15 +51,12 @@ class KernelTimes:
     Attributes:
         rows: kernels by name, the longest first; copies and fills among them.
         kernels: how many kernels there are for a token, without copies and fills.
+        microseconds: in which any of them runs, for a token; less than all where they overlap.
     """
 
     rows: tuple[KernelTime, ...]
     kernels: float
-
-    @property
-    def microseconds(self) -> float:
-        """Of all of them together, for a token."""
-        return sum(row.microseconds for row in self.rows)
+    microseconds: float
 
 
 def why_not() -> str:
@@ -103,13 +101,14 @@ def summed(events: Iterable[Mapping[str, Any]], tokens: int) -> KernelTimes:
     """Sum up the events of a trace in Chrome's format.
 
     Args:
-        events: "cat", "name" and "dur" in microseconds are read.
+        events: "cat", "name", "ts" and "dur" in microseconds are read.
         tokens: by how many tokens they were made.
 
     Raises:
         NotRecorded: no kernel is among them.
     """
     totals: dict[str, list[float]] = {}
+    spans: list[tuple[float, float]] = []
     kernels = 0
     for event in events:
         if event.get("cat") not in _WORK:
@@ -118,6 +117,7 @@ def summed(events: Iterable[Mapping[str, Any]], tokens: int) -> KernelTimes:
         entry = totals.setdefault(str(event["name"])[:_NAME], [0.0, 0.0])
         entry[0] += 1
         entry[1] += float(event["dur"])
+        spans.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
     if not kernels:
         raise NotRecorded("PyTorch's profiler saw no kernel of this process")
     rows = (
@@ -125,4 +125,13 @@ def summed(events: Iterable[Mapping[str, Any]], tokens: int) -> KernelTimes:
         for name, (number, microseconds) in totals.items()
     )
     ordered = sorted(rows, key=lambda row: row.microseconds, reverse=True)
-    return KernelTimes(tuple(ordered), kernels / tokens)
+    return KernelTimes(tuple(ordered), kernels / tokens, _covered(spans) / tokens)
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how much lies in any of some spans."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
