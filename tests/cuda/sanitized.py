@@ -1,4 +1,4 @@
-r"""Run every kernel of the six shapes' decode steps a few times: for NVIDIA's compute-sanitizer.
+r"""Run the kernels of decode steps and of the catalog a few times: for NVIDIA's compute-sanitizer.
 
     compute-sanitizer --kernel-name kns=custom_kernel --tool memcheck \
         python tests/cuda/sanitized.py
@@ -6,7 +6,8 @@ r"""Run every kernel of the six shapes' decode steps a few times: for NVIDIA's c
         python tests/cuda/sanitized.py
 
 The models have two or three layers of the published sizes, few experts and a small vocabulary: the
-kernels are those of the whole models. Names of shapes may be given; without any all six run. No
+kernels are those of the whole models. The catalog's run on the samples on which they are probed.
+Names of shapes, or `catalog`, may be given; without any all six shapes and the catalog run. No
 prompt goes through them: racecheck ends with an exception in what MLX runs for a prompt of GLM's,
 whichever kernels it watches.
 """
@@ -22,8 +23,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from zmlx.bench import shapes
 from zmlx.bench.twin import twin
+from zmlx.catalog.configurations import configurations
+from zmlx.kernels.spec import all_specs
 from zmlx.patch import patch
 
+CATALOG = "catalog"
 #: Positions before the steps, and steps.
 FILLED = 40
 STEPS = 6
@@ -93,10 +97,24 @@ def apart(name: str) -> float:
     return worst
 
 
+def faults(backend: str) -> list[str]:
+    """Return what is wrong with the catalog's kernels, in all their configurations."""
+    return [
+        fault
+        for spec in all_specs().values()
+        if backend in spec.contract
+        for configuration in configurations(spec, backend)
+        if (fault := spec.probe(backend, **configuration)) is not None
+    ]
+
+
 def main() -> None:
-    """Run the shapes, and say how far they are from stock."""
-    for name in sys.argv[1:] or shapes.SHAPES:
-        print(f"{name}: {apart(name):.2%} from stock", flush=True)
+    """Run the shapes and say how far they are from stock; run the catalog and say what is wrong."""
+    for name in sys.argv[1:] or (*shapes.SHAPES, CATALOG):
+        if name == CATALOG:
+            print(f"{name}: {'; '.join(faults('cuda')) or 'right'}", flush=True)
+        else:
+            print(f"{name}: {apart(name):.2%} from stock", flush=True)
 
 
 if __name__ == "__main__":

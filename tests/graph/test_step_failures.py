@@ -16,6 +16,7 @@ from stepped import (
     steps_of,
     two,
 )
+from zoo.build import made
 
 from zmlx.graph import fused
 from zmlx.graph.tiny import TinyProgram
@@ -308,6 +309,21 @@ def test_what_a_proposal_needs():
     assert found.key == ("cuda", ("tokens", "mask", "cache"), ("mask",))
     assert {use.spec.name for use in found.kernels} == {"decode_attention"}
     assert "2 layers" in found.note
+
+
+@pytest.mark.parametrize(
+    ("form", "dtypes"),
+    [
+        ("float32", [mx.float32]),
+        ("float32-4bit", [mx.float32]),
+        ("bfloat16-4bit", [mx.bfloat16]),
+        ("bfloat16-4bit-float32", [mx.float32, mx.bfloat16]),  # norms and scales
+    ],
+)
+def test_attention_is_tried_in_the_dtypes_of_the_model(form, dtypes):
+    found = examined(made("llama", form).model)
+    assert isinstance(found, Proposal)
+    assert [use.configuration["dtype"] for use in found.kernels] == dtypes
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ keep the forward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from zmlx.graph.stepping import Steps
 from zmlx.kernels.decode_attention_probe import DECODE_ATTENTION
@@ -86,7 +87,7 @@ class DecodeStep(PatchPattern):
         at = list(parameters).index("cache") - 1  # without self
         count = max(map(len, layers))
         if config.backend != "cpu":
-            return _recorded(config, list(parameters.values())[1:], count)
+            return _recorded(config, list(parameters.values())[1:], count, _dtypes(module))
         limit = int(config.options.get("max_tokens", _MAX_TOKENS))
         uses = tuple(KernelUse(PROGRAM, {"dtype": d}) for d in (mx.float32, mx.bfloat16))
         return Proposal(
@@ -112,8 +113,18 @@ def _forward(base: type, backend: str, at: int, limit: int) -> Callable[..., Any
     return __call__
 
 
+def _dtypes(module: nn.Module) -> list[mx.Dtype]:
+    """Return the dtypes of a module's floating parameters that activations may have."""
+    parameters: Any = tree_flatten(module.parameters())
+    held = {array.dtype for _, array in parameters}
+    return [dtype for dtype in (mx.float32, mx.float16, mx.bfloat16) if dtype in held]
+
+
 def _recorded(
-    config: PatchConfig, parameters: list[inspect.Parameter], count: int
+    config: PatchConfig,
+    parameters: list[inspect.Parameter],
+    count: int,
+    dtypes: Sequence[mx.Dtype],
 ) -> Proposal | Refused:
     """Return what replays steps on a GPU."""
     kinds = inspect.Parameter
@@ -129,7 +140,7 @@ def _recorded(
     )
     uses = tuple(
         KernelUse(DECODE_ATTENTION, {"head_dim": 64, "dtype": dtype})
-        for dtype in (mx.float32, mx.bfloat16)
+        for dtype in dtypes or (mx.float32,)
     )
     return Proposal(
         (config.backend, names, needed),
