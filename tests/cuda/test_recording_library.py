@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from cuda_headers import cannot_compile, cuda_include
@@ -37,9 +39,73 @@ def test_what_does_not_compile_is_told(tmp_path):
 
 def test_without_the_compiler_of_MLX_there_is_none():
     """It is what compiles kernels, too."""
-    library.load.cache_clear()
+    library._loaded.cache_clear()
     with pytest.raises(NativeUnavailable):
         library.load()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A build that takes until `end` is set; `started` has the names of the threads that did."""
+    state = SimpleNamespace(started=[], end=threading.Event(), result=ModuleType("library"))
+
+    def build():
+        state.started.append(threading.current_thread().name)
+        assert state.end.wait(30)
+        if isinstance(state.result, Exception):
+            raise state.result
+        return state.result
+
+    monkeypatch.setattr(library, "_load", build)
+    monkeypatch.setattr(library.mx.cuda, "is_available", lambda: True)
+    library._loaded.cache_clear()
+    yield state
+    state.end.set()
+    library._loaded.cache_clear()
+
+
+def ended():
+    for thread in threading.enumerate():
+        if thread.name == "zmlx-library":
+            thread.join(30)
+
+
+def test_it_is_built_once_while_other_things_are_done(slow):
+    library.begin()
+    threading.Timer(0.1, slow.end.set).start()
+    assert library.load() is slow.result  # waits
+    ended()
+    assert library.load() is slow.result
+    assert slow.started == ["zmlx-library"]
+
+
+def test_a_build_that_fails_is_not_tried_again(slow, capfd):
+    slow.result = NativeUnavailable("no compiler")
+    slow.end.set()
+    library.begin()
+    ended()
+    for _ in range(2):
+        with pytest.raises(NativeUnavailable, match="no compiler"):
+            library.load()
+    assert slow.started == ["zmlx-library"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whatever_else_goes_wrong_is_told_who_asks(slow, capfd):
+    slow.result = PermissionError("not yours")
+    slow.end.set()
+    library.begin()
+    ended()
+    with pytest.raises(PermissionError, match="not yours"):
+        library.load()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_cuda_nothing_is_built(slow, monkeypatch):
+    monkeypatch.setattr(library.mx.cuda, "is_available", lambda: False)
+    library.begin()
+    ended()
+    assert slow.started == []
 
 
 @pytest.mark.skipif(is_missing(), reason="no nvidia-cuda-nvrtc (in the extra dev)")

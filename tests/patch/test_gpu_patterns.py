@@ -14,6 +14,7 @@ from gpu_path import BACKENDS, on_gpu
 from mlx_lm.models.cache import make_prompt_cache
 from zoo.build import build, made
 
+from zmlx.backend.cuda import library
 from zmlx.kernels.spec import KernelSpec, relative_error
 from zmlx.patch import patch, unpatch
 from zmlx.patch.pattern import original_class, patterns
@@ -81,6 +82,17 @@ def test_kernels_for_cuda_are_compiled_before_the_first_is_probed(name, monkeypa
         assert len(probed) > 2
     else:
         assert set(words) == {"probe"}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_records_steps_is_built_from_the_patch_on(name, monkeypatch):
+    begun = []
+    monkeypatch.setattr(library, "begin", lambda: begun.append(name))
+    with on_gpu(name):
+        patch(made("llama", "float32-4bit"), exclude=["decode_step"])
+        assert not begun
+        patch(made("llama", "float32-4bit"))
+    assert begun == (["cuda"] if name == "cuda" else [])
 
 
 @pytest.mark.parametrize("name", OPT_IN)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import mlx.nn as nn
 
 from zmlx import backend
+from zmlx.backend.cuda import library
 from zmlx.family import Family, detect
 from zmlx.patch.apply import apply_plan, restore
 from zmlx.patch.pattern import PatchPattern
@@ -132,6 +133,8 @@ def _replace(model: nn.Module, policy: Policy, request: Request, *notes: str) ->
     report.seconds = time.perf_counter() - started
     setattr(model, RESULT, report)
     if "decode_step" in report.pattern_counts:
+        if request.backend == "cuda":
+            library.begin()
         sampling.use(model, request.backend)
     return report
 

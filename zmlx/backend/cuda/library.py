@@ -9,10 +9,14 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+import mlx.core as mx
 
 from zmlx.backend.cpu import native
 from zmlx.backend.cuda import nvrtc
@@ -39,13 +43,47 @@ _UNITS = ("binding.cpp", "recording.cpp", "blocks.cpp", "driver.cpp")
 _STAND_INS = SOURCE / "stand_ins"
 
 
-@cache
+#: Held while it is built, so that who comes meanwhile waits.
+_BUILDING = threading.Lock()
+
+
+def begin() -> None:
+    """Have another thread build the library if need be, so that it is there when a step needs it.
+
+    The process does not end before that thread has.
+    """
+
+    def built() -> None:
+        with suppress(Exception):  # whoever needs the library is told
+            load()
+
+    if mx.cuda.is_available():
+        threading.Thread(target=built, name="zmlx-library").start()
+
+
 def load() -> ModuleType:
     """Return the library, built first if need be.
 
     Raises:
         NativeUnavailable: with the reason.
     """
+    with _BUILDING:
+        found = _loaded()
+    if isinstance(found, NativeUnavailable):
+        raise found
+    return found
+
+
+@cache
+def _loaded() -> ModuleType | NativeUnavailable:
+    """Return the library, or why there is none: that stays so, and takes a while to find out."""
+    try:
+        return _load()
+    except NativeUnavailable as reason:
+        return reason
+
+
+def _load() -> ModuleType:
     if sys.platform != "linux":
         raise NativeUnavailable("recordings are only for Linux")
     found = nvrtc.loaded()
