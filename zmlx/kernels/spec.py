@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from zmlx.backend import current, for_kernels, vmapping
 from zmlx.backend.cpu import native
+from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.backend.definition import Definition, Launch
 from zmlx.backend.launch import launcher
 from zmlx.backend.signature import dtype_name
@@ -175,6 +176,19 @@ class KernelSpec:
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+
+def prepare_all(backend: str, uses: Iterable[tuple[KernelSpec, Mapping[str, Any]]]) -> None:
+    """Have the kernels that are to be probed compiled beside each other, where that takes long.
+
+    Args:
+        backend: where they run.
+        uses: kernels and their configurations; nothing is read of them where there is no need.
+    """
+    if backend == "cuda":
+        with side_by_side():
+            for spec, configuration in uses:
+                spec.prepare(backend, **configuration)
 
 
 #: name -> spec; filled when a kernel's module is imported

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.nn as nn
 
-from zmlx.backend.cuda.side_by_side import side_by_side
+from zmlx.kernels.spec import KernelSpec, prepare_all
 from zmlx.patch.pattern import (
     PatchConfig,
     PatchPattern,
@@ -69,10 +69,10 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
     candidates: list[tuple[int, Candidate]] = []
     proposals: dict[int, tuple[nn.Module, Proposal, str]] = {}
     examined = list(_examined(model, family, policy, request))
-    if request.backend == "cuda":
-        with side_by_side():
-            for found in examined:
-                found.judge.prepare(found.verdict)
+    prepare_all(
+        request.backend,
+        (use for found in examined for use in found.judge.to_be_probed(found.verdict)),
+    )
     for position, path, module, judge, verdict in examined:
         if isinstance(verdict, Proposal) and position in proposals:
             verdict = Refused(f"{proposals[position][2]} replaces this module")
@@ -139,14 +139,16 @@ class _Judge:
         override = "" if objection is None else f" (asked for by name, although {objection})"
         return True, contract, verdict.note + override
 
-    def prepare(self, verdict: Proposal | Refused) -> None:
-        """Launch, without running them, the kernels that are to be probed."""
+    def to_be_probed(
+        self, verdict: Proposal | Refused
+    ) -> Iterator[tuple[KernelSpec, Mapping[str, Any]]]:
+        """Yield the kernels that decide on a verdict, with their configurations."""
         if isinstance(verdict, Refused):
             return
         contract, objection = self._admitted(verdict)
         if contract and (objection is None or self._explicit):
             for use in verdict.kernels:
-                use.spec.prepare(self._backend, **use.configuration)
+                yield use.spec, use.configuration
 
     def _admitted(self, verdict: Proposal) -> tuple[str, str | None]:
         """Return the contract of all kernels, empty where there is none, and what is against it."""

@@ -26,11 +26,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.kernels.fast import LOGSUMEXP
 from zmlx.kernels.program import PROGRAM
 from zmlx.kernels.rows import FLOATS
-from zmlx.kernels.spec import KernelSpec
+from zmlx.kernels.spec import KernelSpec, prepare_all
 from zmlx.kernels.vectors.replayed import Replayed
 from zmlx.kernels.vocabulary import ARGMAX
 from zmlx.runtime.filtering import FILTERS, Filter
@@ -170,10 +169,7 @@ def use(model: nn.Module, backend: str) -> None:
     if not any(getattr(module, "mx", None) is mx or _placed(module) for module in modules):
         return
     kernels = _kernels(backend)
-    if backend == "cuda":
-        with side_by_side():
-            for kernel in kernels:
-                kernel.prepare(backend, dtype=mx.bfloat16)
+    prepare_all(backend, [(kernel, {"dtype": mx.bfloat16}) for kernel in kernels])
     for kernel in kernels:
         if backend not in kernel.contract or kernel.probe(backend, dtype=mx.bfloat16):
             return
