@@ -7,6 +7,7 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 from nvrtc_program import compile_program, is_missing
+from places import stand_still
 
 from zmlx.backend import cuda
 from zmlx.backend.cuda import addresses
@@ -31,7 +32,7 @@ def launches(monkeypatch):
         return launch
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(addresses, "_addresses", lambda arrays: list(range(1, len(arrays) + 1)))
+    stand_still(monkeypatch)
     return made
 
 
@@ -64,7 +65,7 @@ def test_constants_come_in_a_table(launches, byhand):
     )
     definition = Definition("scaled", tuple(inputs), ("out",), SOURCE, **own)
     held = addresses.Addresses([inputs["weight"], inputs["bias"], inputs["more"]])
-    with addresses.in_force(held):
+    with addresses.in_force(addresses.InForce(held)):
         launched(definition, inputs)
     launched(definition, inputs)
     by_address, plain = launches[-2:]
@@ -80,19 +81,20 @@ def test_constants_come_in_a_table(launches, byhand):
 
 def test_one_constant_is_not_worth_a_table(launches):
     inputs = arrays()
-    with addresses.in_force(addresses.Addresses([inputs["weight"]])):
+    with addresses.in_force(addresses.InForce(addresses.Addresses([inputs["weight"]]))):
         launched(Definition("scaled", tuple(inputs), ("out",), SOURCE), inputs)
     assert launches[-1]["input_names"] == list(inputs)
 
 
 def test_equal_arrays_are_not_the_same(launches):
     inputs = arrays()
-    with addresses.in_force(addresses.Addresses(arrays().values())):
+    with addresses.in_force(addresses.InForce(addresses.Addresses(arrays().values()))):
         launched(Definition("scaled", tuple(inputs), ("out",), SOURCE), inputs)
     assert launches[-1]["input_names"] == list(inputs)
 
 
-def test_what_has_no_address_is_passed_over():
+def test_what_has_no_address_is_passed_over(monkeypatch):
+    stand_still(monkeypatch)
     odd = [mx.array(1.0), mx.zeros((0, 4)), mx.array([1j])]
     held = addresses.Addresses(odd)
     assert not any(map(held.knows, odd))
@@ -100,7 +102,8 @@ def test_what_has_no_address_is_passed_over():
 
 def test_the_block_ends_also_when_it_fails(launches):
     held = addresses.Addresses([mx.ones(4)])
-    with pytest.raises(ZeroDivisionError), addresses.in_force(held):
+    how = addresses.InForce(held)
+    with pytest.raises(ZeroDivisionError), addresses.in_force(how):
         raise ZeroDivisionError
     assert addresses.current() is None
 
@@ -109,7 +112,7 @@ def test_forms_are_made_once(launches):
     inputs = arrays()
     definition = Definition("scaled", tuple(inputs), ("out",), SOURCE)
     held = addresses.Addresses([inputs["weight"], inputs["more"]])
-    with addresses.in_force(held):
+    with addresses.in_force(addresses.InForce(held)):
         for _ in range(3):
             launched(definition, inputs)
     tables = {id(call["inputs"][-1]) for call in launches}

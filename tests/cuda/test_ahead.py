@@ -11,9 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from nvrtc_program import FULL, compile_program, is_missing, library
+from places import stand_still
 
 from zmlx.backend.cuda import ahead, compiled, jit_module
-from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.backend.cuda.addresses import Addresses, InForce, in_force
 from zmlx.backend.cuda.ahead import is_settled, keep, lean_for
 from zmlx.backend.cuda.headers import headers
 from zmlx.backend.cuda.jit_module import KernelText, module_of
@@ -211,13 +212,11 @@ def test_a_launch_that_mlx_refuses_reaches_it(here):
 
 
 def test_kernels_with_addresses_are_compiled_as_well(here, monkeypatch):
-    monkeypatch.setattr(
-        "zmlx.backend.cuda.addresses._addresses", lambda arrays: list(range(len(arrays)))
-    )
+    stand_still(monkeypatch)
     names = {"input_names": ("x", "a", "b")}
     arrays = [mx.ones(64), mx.ones(64), mx.ones(64, mx.uint32)]
     launch = kernel("uint i = thread_position_in_grid.x; out[i] = x[i] + a[i] * b[i];", **names)
-    with in_force(Addresses(arrays[1:])):
+    with in_force(InForce(Addresses(arrays[1:]))):
         call(launch, inputs=arrays)
     assert len(files(here)) == 2
     call(launch, inputs=arrays)

@@ -9,7 +9,7 @@ from kernels.test_decode_attention import arrays, check, error, normal, norms, s
 from precompiled import COMPILER
 
 from zmlx.backend import current
-from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.backend.cuda.addresses import InForce, in_force
 from zmlx.kernels import attention_launch
 from zmlx.kernels import decode_attention as module
 from zmlx.kernels.attention_launch import Layout
@@ -205,7 +205,7 @@ def test_a_recording_launches_clusters(monkeypatch):
     monkeypatch.setattr(attention_launch, "_definition", lambda v: launched.append(v) or right(v))
     monkeypatch.setattr(attention_launch, "architecture", lambda: 90)
     decode_attention(*given, state(3), scale=1.0)
-    with in_force(Addresses([]), clusters=True):
+    with in_force(InForce(clusters=True)):
         decode_attention(*given, state(3), scale=1.0)
     assert [(v.form, v.cluster) for v in launched] == [("joined", 1), ("whole", 4)]
 
@@ -213,12 +213,11 @@ def test_a_recording_launches_clusters(monkeypatch):
 @pytest.mark.parametrize(("architecture", "may"), [(89, False), (90, True)])
 def test_only_recordings_have_clusters(architecture, may, monkeypatch):
     monkeypatch.setattr(attention_launch, "architecture", lambda: architecture)
-    nothing = Addresses([])
-    with in_force(nothing, clusters=True):
+    with in_force(InForce(clusters=True)):
         assert attention_launch.may_cluster() == may
-        with in_force(nothing):
+        with in_force(InForce()):
             assert not attention_launch.may_cluster()
-    with in_force(nothing, lambda kernel: kernel.run):
+    with in_force(InForce(through=lambda kernel: kernel.run)):
         assert not attention_launch.may_cluster()
     assert not attention_launch.may_cluster()
 

@@ -6,7 +6,11 @@ One process, `pytest tests/cuda`; each kernel is compiled once, about a second e
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -56,6 +60,14 @@ def test_values(make):
         for out, truth, (_, dtype) in zip(outputs, case.truths(), kinds, strict=True):
             told += differences(case, as_numpy(out), truth, dtype)
     assert not told, "\n" + "\n".join(told)
+
+
+def test_the_catalog_is_right_as_MLX_is_set():
+    """Tests run with MLX's float32 products in 32 bits; users do not."""
+    given = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    program = [sys.executable, str(Path(__file__).with_name("sanitized.py")), "catalog"]
+    done = subprocess.run(program, env=given, capture_output=True, text=True, check=False)
+    assert done.stdout == "catalog: right\n", done.stdout + done.stderr
 
 
 # ---- the grid ------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import re
 import mlx.core as mx
 import pytest
 from nvrtc_program import assemble, is_missing, ptx
+from places import stand_still
 
-from zmlx.backend.cuda import CudaSource, addresses, compiled
-from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.backend.cuda import CudaSource, compiled
+from zmlx.backend.cuda.addresses import Addresses, InForce, in_force
 from zmlx.backend.cuda.recording import mover_text
 from zmlx.backend.cuda.source import OVERLAPPED, WAIT
 from zmlx.backend.definition import CudaBody, Definition
@@ -35,7 +36,7 @@ def texts(monkeypatch):
         return launch
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(addresses, "_addresses", lambda arrays: list(range(len(arrays))))
+    stand_still(monkeypatch)
     return launched
 
 
@@ -46,7 +47,7 @@ def launch(by_hand: bool, cut: bool = False, held: bool = False, early: bool = F
     more = {"cuda": body} if by_hand else {}
     arrays = [mx.ones(64) for _ in NAMES]
     kernel = compiled(Definition("waits", NAMES, ("out",), METAL, **more))
-    with in_force(Addresses(arrays[1:]) if held else None):
+    with in_force(InForce(Addresses(arrays[1:]) if held else None)):
         kernel(
             inputs=arrays,
             output_shapes=[(64,)],

@@ -52,6 +52,7 @@ def emulate_cuda(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cuda, "compiled", compiled_for_cuda)
     # A table of addresses is nothing that the emulator could follow.
     patch.setattr(addresses, "_addresses", lambda arrays: [0] * len(arrays))
+    patch.setattr(addresses, "_watched", lambda _: lambda: False)
     patch.setattr(addresses.Addresses, "knows", lambda *_: False)
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] != "zmlx":

@@ -67,6 +67,8 @@ def filled(
 ) -> list[Any]:
     """Return a model's caches after a prompt, which the CPU reads."""
     cache = make_prompt_cache(model) if cache is None else cache
+    # MLX moves what the CPU reads to the host when it plans that, even if a GPU is to write it yet.
+    mx.eval(model.parameters())
     with on_cpu():
         mx.eval(model(prompt, cache=cache))
     return cache

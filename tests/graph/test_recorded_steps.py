@@ -7,7 +7,9 @@ else.
 from __future__ import annotations
 
 import copy
+import re
 import struct
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -16,8 +18,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from simulated_recording import SimulatedRecording, arguments_of
 from zoo.build import build
 
+from zmlx.backend.cuda import addresses
+from zmlx.backend.cuda.addresses import Addresses
 from zmlx.backend.cuda.jit_module import KernelText, module_of
 from zmlx.backend.cuda.recording import BUFFER, BYTES
+from zmlx.backend.extension import NativeUnavailable
 from zmlx.graph import building, layout, lending
 from zmlx.graph.caches import Layout
 from zmlx.graph.launches import Launch
@@ -156,7 +161,7 @@ def test_larger_buffers_are_another_recording(recordings, monkeypatch):
     program = check_steps(build("llama"), monkeypatch, TOKENS * 3)
     # One token, then eight, then three.
     assert [recording.runs for recording in recordings] == [8, 3]
-    assert [r._recording for r in program._replay._replayed.values()] == recordings[1:]
+    assert [r._recording for r in program._replay._chosen.values()] == recordings[1:]
 
 
 def test_each_kernel_is_given_what_its_signature_says(recordings, monkeypatch):
@@ -220,3 +225,58 @@ def test_a_step_that_cannot_be_recorded_is_built_by_MLX(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("is not recorded") == 1
     assert "Matmul" in said
+    assert "have to be inputs" not in said
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The constants of every table of addresses that is made, and whether one has been moved."""
+    state = SimpleNamespace(made=[], moved=False)
+
+    class Watched(Addresses):
+        def __init__(self, arrays):
+            super().__init__(arrays)
+            state.made.append(self)
+            self.moved = lambda: state.moved and self is state.made[0]
+
+    monkeypatch.setattr(building, "Addresses", Watched)
+    return state
+
+
+def test_steps_that_MLX_builds_take_constants_by_address(tables, monkeypatch):
+    """Until MLX moves one, which it does when the host reads it: then they are looked up again."""
+    model = build("deepseek_v3")
+    cache = prompted(model)
+    stock = copy.deepcopy(cache)
+    program, forward = program_of(model, cache, monkeypatch, recorded=True)
+    for number, token in enumerate((*TOKENS, *TOKENS)):
+        tables.moved = number >= len(TOKENS)
+        tokens = mx.array([[token]])
+        assert far(program(tokens, cache), forward(tokens, stock)) < 1e-5
+        # The first step takes them as inputs, the second is compared with such a one.
+        assert len(tables.made) == (number > 0) + tables.moved
+
+
+def test_nothing_is_given_by_address_that_nobody_watches(tables, monkeypatch, capsys):
+    def missing(_):
+        raise NativeUnavailable("no compiler")
+
+    model = build("deepseek_v3")
+    cache = prompted(model)
+    program, _ = program_of(model, cache, monkeypatch, recorded=True)
+    monkeypatch.setattr(addresses, "_watched", missing)
+    monkeypatch.setattr(building.speech, "level", lambda: "debug")
+    for token in TOKENS:
+        program(mx.array([[token]]), cache)
+    assert list(program._replay._chosen.values()) == [program._replay._compiled]
+    said = capsys.readouterr().err
+    assert re.search("constants of a decode step have to be inputs: .*no compiler", said)
+
+
+def test_no_step_waits_for_the_compiler(recordings, monkeypatch):
+    states = iter([True, True, False])
+    monkeypatch.setattr(building.library, "is_being_built", lambda: next(states))
+    program = check_steps(build("llama"), monkeypatch, TOKENS + TOKENS)
+    # The first step of a form does not ask.
+    assert [recording.runs for recording in recordings] == [2 * len(TOKENS) - 3 + 1]
+    assert len(program._replay._chosen) == 1

@@ -8,7 +8,7 @@ import pytest
 from emulated_cuda import emulate_cuda
 from simulated_recording import SimulatedRecording
 
-from zmlx.backend.cuda.addresses import Addresses, takes_clusters
+from zmlx.backend.cuda.addresses import takes_clusters
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.graph.arena import Arena
@@ -54,7 +54,7 @@ def graph_of(function, *arrays):
 
 
 def launches_of(function, *arrays):
-    return traced_launches(graph_of(function, *arrays), arrays, Addresses([]))
+    return traced_launches(graph_of(function, *arrays), arrays)
 
 
 def ran(graph, *arrays, buffers=()):
@@ -316,7 +316,7 @@ def clusters_of(step, monkeypatch):
     monkeypatch.setattr(Replayed, "_recorded", lambda self, launches: None)
     x, y = mx.arange(4).astype(mx.float32), mx.ones(4)
     graph = graph_of(lambda x, y: step(x, y, clustered), x, y)
-    parts = Replayed(graph, (x, y), (), Addresses([]))._parts
+    parts = Replayed(graph, (x, y), ())._parts
     others = [node for node in (*parts.head.nodes, *parts.tail.nodes) if node.op == LAUNCH]
     return [
         [node.arguments[0].kernel.cluster for node in nodes] for nodes in (parts.launches, others)

@@ -92,6 +92,23 @@ def test_a_change_is_seen_after_the_next_prompt(change):
     assert len(programs(model)) == 1
 
 
+def test_the_host_may_read_weights_between_steps():
+    """On CUDA MLX moves an array to other memory then, and what was there becomes others'."""
+    results = []
+    for each in two("llama"):
+        cache = filled(each)
+        each.update(tree_map(lambda p: p + 0, each.parameters()))  # made on the device
+        mx.eval(each.parameters())
+        rows = []
+        for token in TOKENS * 2:
+            rows.append(stepped(each, cache, [token]))
+            if len(rows) == len(TOKENS):
+                weights = [np.array(p) for _, p in tree_flatten(each.parameters())]
+                mx.eval([mx.full(w.shape, float("nan")) for w in weights for _ in range(4)])
+        results.append(np.concatenate(rows))
+    assert same(*results)
+
+
 @pytest.mark.parametrize("change", [c for c in CHANGES if c is not bias_added])
 def test_a_change_between_two_steps_is_seen_soon(change):
     """A part of the tree is looked at in every step, all of it in so many steps."""

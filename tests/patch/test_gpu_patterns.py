@@ -58,8 +58,9 @@ def test_nothing_that_has_to_be_asked_for_is_used_by_default():
     assert not {c.pattern for c in report(model).candidates} & set(OPT_IN)
 
 
+@pytest.mark.parametrize("excluded", [["decode_step"], []], ids=["layers", "all"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_kernels_for_cuda_are_compiled_before_the_first_is_probed(name, monkeypatch):
+def test_kernels_for_cuda_are_compiled_before_the_first_is_probed(name, excluded, monkeypatch):
     noted: list[tuple[str, str]] = []
 
     def noting(word, method):
@@ -73,13 +74,14 @@ def test_kernels_for_cuda_are_compiled_before_the_first_is_probed(name, monkeypa
         monkeypatch.setattr(KernelSpec, word, noting(word, getattr(KernelSpec, word)))
     model = made("qwen3_moe", "float32-4bit")
     with on_gpu(name):
-        patch(model, exclude=["decode_step"])
+        patch(model, exclude=excluded)
     words = [word for word, _ in noted]
     prepared, probed = ({kernel for w, kernel in noted if w == word} for word in WORDS)
     if name == "cuda":
         assert prepared == probed
         assert words == sorted(words)
         assert len(probed) > 2
+        assert any("argmax" in kernel for kernel in probed) == (not excluded)
     else:
         assert set(words) == {"probe"}
 

@@ -44,7 +44,7 @@ class NativeUnavailable(RuntimeError):
     """The native library cannot be had here; `reason` says why and what to do."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"native CPU kernels: {reason}")
+        super().__init__(f"native code: {reason}")
         self.reason = reason
 
 

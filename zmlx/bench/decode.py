@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from zmlx.backend.cuda import library
 from zmlx.bench.capsule import Run
 from zmlx.bench.generation import Generation, generate
 from zmlx.patch import PatchReport, patch, unpatch
@@ -40,6 +41,7 @@ def measure(
     try:
         _warm_up(unpatch(model), prompt)
         report: PatchReport = vars(patch(model))["_zmlx_patch_result"]
+        library.wait()
         _warm_up(model, prompt)
         for number in range(runs):
             # The order alternates, so that a drift of the machine meets both.

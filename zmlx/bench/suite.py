@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from zmlx.backend.cuda import library
 from zmlx.bench.capsule import Quantities, Run
 from zmlx.bench.decode import plan_of
 from zmlx.bench.kernel_times import KernelTimes, NotRecorded, record
@@ -234,6 +235,7 @@ class Bench:
         values = {"patching": seconds, "modules": float(report.patched_count)}
         self.result.runs.append(Run(self.name, ZMLX, 0, values))
         self.on_line(f"{self.name}: {report.line().removeprefix('zmlx: ')}")
+        library.wait()
 
     def _warm_up(self, work: Workload, variant: str) -> bool:
         """Run a workload once; return whether it ran."""

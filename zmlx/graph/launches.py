@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.backend.cuda.addresses import Addresses, in_force
+from zmlx.backend.cuda.addresses import InForce, in_force
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.definition import Template
 from zmlx.graph.nodes import Graph, Node
@@ -79,15 +79,12 @@ class Launch:
         return x, y, z
 
 
-def traced_launches(
-    graph: Graph, arrays: Sequence[mx.array], addresses: Addresses, *, clusters: bool = False
-) -> Graph:
+def traced_launches(graph: Graph, arrays: Sequence[mx.array], *, clusters: bool = False) -> Graph:
     """Return a graph of launches and MLX's operations that computes the same.
 
     Args:
         graph: as `built` takes it.
         arrays: one for each input; only shapes and dtypes matter.
-        addresses: the constants that kernels take by address.
         clusters: launches may be of clusters of blocks.
 
     Raises:
@@ -100,7 +97,7 @@ def traced_launches(
         def through(kernel: Kernel) -> Any:
             return recorder.recording(kernel.run, partial(_described, kernel))
 
-        with in_force(addresses, through, clusters=clusters):
+        with in_force(InForce(through=through, clusters=clusters)):
             yield []
 
     traced, _ = trace_with(noting, lambda *given: built(graph, given), *arrays)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
 
 from zmlx.backend import for_kernels
-from zmlx.backend.cuda.addresses import Addresses, in_force
 from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.backend.outputs import together
 from zmlx.graph.nodes import Graph, Node, Value
@@ -80,7 +79,7 @@ def _compile(graph: Graph, nodes: Sequence[Node], given: Mapping[Value, mx.array
     with side_by_side(), suppress(RuntimeError):  # it is raised again, and then told
         for node in nodes:
             inputs = _inputs(graph, node, given)
-            _launched(graph, node, [inputs[value] for value in node.inputs])
+            _launched(node, [inputs[value] for value in node.inputs])
 
 
 def _inputs(graph: Graph, node: Node, given: Mapping[Value, mx.array]) -> dict[Value, mx.array]:
@@ -93,10 +92,9 @@ def _inputs(graph: Graph, node: Node, given: Mapping[Value, mx.array]) -> dict[V
     return inputs
 
 
-def _launched(graph: Graph, node: Node, arrays: Sequence[mx.array]) -> list[mx.array]:
+def _launched(node: Node, arrays: Sequence[mx.array]) -> list[mx.array]:
     """Return a fused operation's results, lazily."""
-    with _as_in_a_program(graph.constants[v] for v in node.inputs if v in graph.constants):
-        return list(together(node.arguments[0](*arrays)))
+    return list(together(node.arguments[0](*arrays)))
 
 
 def _probe(
@@ -113,7 +111,7 @@ def _probe(
     # Copies, for the others are read by what is compared.
     arrays = [inputs[v] + 0 if v in written else inputs[v] for v in node.inputs]
     mx.eval(arrays)
-    results = _launched(after, node, arrays)
+    results = _launched(node, arrays)
     buffers = [array for v, array in zip(node.inputs, arrays, strict=True) if v in written]
     if buffers:
         results += mx.depends(buffers, results)
@@ -157,13 +155,6 @@ def _between(
     """Return the nodes that make some values from others, in order."""
     producers = {value: node for value, node in graph.producers.items() if value not in inputs}
     return in_order(producers, wanted)
-
-
-def _as_in_a_program(constants: Iterable[mx.array]) -> AbstractContextManager[None]:
-    """Have kernels take constants as a program's do, so that what is tried is what runs."""
-    if for_kernels(has_reference=False) != "cuda":
-        return nullcontext()
-    return in_force(Addresses(constants))
 
 
 def _random(value: Value, seed: int, experts: int) -> mx.array:

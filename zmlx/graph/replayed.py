@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
-from zmlx.backend.cuda.addresses import Addresses
 from zmlx.backend.cuda.recording import Recording, record
 from zmlx.graph.launches import traced_launches
 from zmlx.graph.nodes import Graph, Value
@@ -23,28 +22,20 @@ class Replayed:
         arrays: one for each input; only shapes and dtypes matter.
         buffers: inputs that are read, and written, where they lie; whoever calls this keeps
             everything else from reading them.
-        addresses: the constants that kernels take by address.
 
     Raises:
         zmlx.graph.launches.NotRecordable: it has to be built anew each time.
         RuntimeError: it cannot be traced, compiled or recorded here.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        arrays: Sequence[mx.array],
-        buffers: Iterable[Value],
-        addresses: Addresses,
-    ) -> None:
+    def __init__(self, graph: Graph, arrays: Sequence[mx.array], buffers: Iterable[Value]) -> None:
         kept = tuple(buffers)
         for clusters in (True, False):
-            launches = traced_launches(graph, arrays, addresses, clusters=clusters)
+            launches = traced_launches(graph, arrays, clusters=clusters)
             of = dict(zip(graph.inputs, launches.inputs, strict=True))
             self._parts = segments(launches, [of[value] for value in kept])
             if not self._parts.leaves_clusters_to_mlx:
                 break
-        self._addresses = addresses
         self._inputs = launches.inputs
         self._recording = self._recorded(launches)
         self._head = _function(self._parts.head)

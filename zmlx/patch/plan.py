@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.nn as nn
@@ -52,7 +53,13 @@ class Plan:
     proposals: tuple[tuple[nn.Module, Proposal, str], ...]
 
 
-def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request) -> Plan:
+def make_plan(
+    model: nn.Module,
+    family: Family,
+    policy: Policy,
+    request: Request,
+    beside: Iterable[tuple[KernelSpec, Mapping[str, Any]]] = (),
+) -> Plan:
     """Examine every module with every pattern that is wanted.
 
     Patterns with `opt_in` are wanted where the caller or the profile names them.
@@ -62,6 +69,8 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
         family: what the model is.
         policy: what the release profile admits.
         request: what the caller asked for.
+        beside: kernels and their configurations that will be probed after this, and are compiled
+            together with those that are probed here.
 
     Returns:
         A plan whose candidates stand in the order of the model's modules.
@@ -69,10 +78,8 @@ def make_plan(model: nn.Module, family: Family, policy: Policy, request: Request
     candidates: list[tuple[int, Candidate]] = []
     proposals: dict[int, tuple[nn.Module, Proposal, str]] = {}
     examined = list(_examined(model, family, policy, request))
-    prepare_all(
-        request.backend,
-        (use for found in examined for use in found.judge.to_be_probed(found.verdict)),
-    )
+    probed = (use for found in examined for use in found.judge.to_be_probed(found.verdict))
+    prepare_all(request.backend, chain(probed, beside))
     for position, path, module, judge, verdict in examined:
         if isinstance(verdict, Proposal) and position in proposals:
             verdict = Refused(f"{proposals[position][2]} replaces this module")

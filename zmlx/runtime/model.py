@@ -27,6 +27,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 RESULT = "_zmlx_patch_result"
 
 MODES = ("inference", "training")
+#: The pattern of models that choose their tokens with our kernels, too.
+_STEPS = "decode_step"
 
 
 def patch(
@@ -132,7 +134,7 @@ def _replace(model: nn.Module, policy: Policy, request: Request, *notes: str) ->
         raise
     report.seconds = time.perf_counter() - started
     setattr(model, RESULT, report)
-    if "decode_step" in report.pattern_counts:
+    if _STEPS in report.pattern_counts:
         if request.backend == "cuda":
             library.begin()
         sampling.use(model, request.backend)
@@ -148,7 +150,9 @@ def _planned(
         report.candidates = (_unknown(family),)
         report.notes = tuple(notes)
         return report
-    plan = make_plan(model, family, policy, request)
+    steps = any(pattern.name() == _STEPS for pattern in request.patterns)
+    beside = sampling.to_be_probed(request.backend) if steps else []
+    plan = make_plan(model, family, policy, request, beside)
     apply_plan(plan)
     report.candidates = plan.candidates
     report.notes = tuple(notes)

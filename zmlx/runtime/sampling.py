@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten
 from zmlx.kernels.fast import LOGSUMEXP
 from zmlx.kernels.program import PROGRAM
 from zmlx.kernels.rows import FLOATS
-from zmlx.kernels.spec import KernelSpec, prepare_all
+from zmlx.kernels.spec import KernelSpec
 from zmlx.kernels.vectors.replayed import Replayed
 from zmlx.kernels.vocabulary import ARGMAX
 from zmlx.runtime.filtering import FILTERS, Filter
@@ -160,18 +160,24 @@ def _functions(backend: str) -> dict[str, dict[str, Function]]:
     return {_GENERATE: {"logsumexp": logsumexp, "argmax": argmax}, _SAMPLERS: {"argmax": argmax}}
 
 
+def to_be_probed(backend: str) -> list[tuple[KernelSpec, dict[str, Any]]]:
+    """Return the kernels that `use` needs, and their configurations; none if there is no use."""
+    modules = [sys.modules.get(name) for name in (_GENERATE, _SAMPLERS)]
+    if not any(getattr(module, "mx", None) is mx or _placed(module) for module in modules):
+        return []
+    return [(kernel, {"dtype": mx.bfloat16}) for kernel in _kernels(backend)]
+
+
 def use(model: nn.Module, backend: str) -> None:
     """Put the functions in place for as long as a model needs them.
 
     A module that is not loaded, or in which somebody else has replaced `mx`, is left alone.
     """
-    modules = [sys.modules.get(name) for name in (_GENERATE, _SAMPLERS)]
-    if not any(getattr(module, "mx", None) is mx or _placed(module) for module in modules):
+    needed = to_be_probed(backend)
+    if not needed:
         return
-    kernels = _kernels(backend)
-    prepare_all(backend, [(kernel, {"dtype": mx.bfloat16}) for kernel in kernels])
-    for kernel in kernels:
-        if backend not in kernel.contract or kernel.probe(backend, dtype=mx.bfloat16):
+    for kernel, configuration in needed:
+        if backend not in kernel.contract or kernel.probe(backend, **configuration):
             return
     number = id(model)
     _USERS[number] = weakref.ref(model, lambda _: _forget(number))

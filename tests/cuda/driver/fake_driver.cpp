@@ -260,6 +260,9 @@ CUresult cuGraphInstantiate(CUgraphExec* executable, CUgraph graph, unsigned lon
 CUresult cuGraphExecKernelNodeSetParams(
     CUgraphExec executable, CUgraphNode node, const CUDA_KERNEL_NODE_PARAMS* given) {
   auto* of = reinterpret_cast<Executable*>(executable);
+  if (std::exchange(failing, 0) != 0) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
   const auto found = of->nodes.find(reinterpret_cast<Node*>(node));
   if (found == of->nodes.end()) {
     return CUDA_ERROR_INVALID_VALUE;

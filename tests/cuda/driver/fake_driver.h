@@ -16,5 +16,5 @@ std::string fake_edges();
 // Be a device of another compute capability: its first number.
 void fake_capability(int major);
 
-// Let the next graph not be instantiated.
+// Let the next graph not be instantiated, or the next node not be told.
 void fake_failure();

@@ -118,6 +118,71 @@ void launches() {
   EXPECT(fake_events().find("synchronize ") != std::string::npos);
 }
 
+template <typename F>
+std::string failure(F run) {
+  try {
+    run();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// What MLX does when the host reads an array: it lies elsewhere, and what was there is others'.
+void moved(const mx::array& array) {
+  auto* buffer = static_cast<mx::cu::CudaBuffer*>(array.buffer().ptr());
+  void* const before = buffer->data;
+  buffer->data = std::malloc(buffer->size);
+  std::memcpy(buffer->data, before, buffer->size);
+  std::memset(before, 0, buffer->size);
+  std::free(before);
+}
+
+void arrays_that_do_not_change_may_move() {
+  const mx::array whole = made(2 * kN, 100);
+  mx::array half = empty(kN);
+  half.copy_shared_buffer(whole, mx::Strides{1}, whole.flags(), kN, kN);
+  zmlx::Recording recording(plan(), made(1024, 0), {half});
+  const mx::array x = made(kN, 1), buffer = made(kN + 4, 0);
+  auto out = outputs();
+  recording.launch(stream(1), {x, buffer}, out);
+  EXPECT(data(out[1])[0] == 3 + 100 + kN);
+  moved(whole);
+  fake_events();
+  recording.launch(stream(1), {x, buffer}, out);
+  EXPECT(fake_events() == "tell:add tell:zmlx_move tell:zmlx_move launch1 record1 ");
+  EXPECT(data(out[1])[0] == 3 + 100 + kN);
+  recording.launch(stream(1), {x, buffer}, out);
+  EXPECT(fake_events() == "tell:zmlx_move tell:zmlx_move launch1 record1 ");
+  // One launch could not tell it; the next one does.
+  moved(whole);
+  fake_failure();
+  EXPECT(failure([&] { recording.launch(stream(1), {x, buffer}, out); }).find("as asked") !=
+         std::string::npos);
+  fake_events();
+  recording.launch(stream(1), {x, buffer}, out);
+  EXPECT(fake_events() == "tell:add tell:append tell:zmlx_move tell:zmlx_move launch1 record1 ");
+  EXPECT(data(out[1])[0] == 3 + 100 + kN);
+}
+
+void places() {
+  const mx::array one = made(kN, 1), two = made(kN, 2);
+  zmlx::Places places({one, two});
+  std::string found;
+  const auto ask = [&] {
+    found.clear();
+    places.each_moved([&](size_t i) { found += std::to_string(i); });
+    return found;
+  };
+  EXPECT(ask() == "");
+  moved(two);
+  EXPECT(ask() == "1");
+  EXPECT(ask() == "");
+  EXPECT(places.at(1) == reinterpret_cast<uint64_t>(data(two)));
+  places.forget();
+  EXPECT(ask() == "01");
+}
+
 void blocks_are_used_again() {
   zmlx::Recording recording(plan(), made(1024, 0), {made(kN, 100)});
   const mx::array x = made(kN, 1), buffer = made(kN + 4, 0);
@@ -169,16 +234,6 @@ void kernels_overlap(bool old_driver) {
   EXPECT(edges(9, false) == "----");
 }
 
-template <typename F>
-std::string failure(F run) {
-  try {
-    run();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
 void failures() {
   const auto make = [](zmlx::Plan plan) {
     zmlx::Recording recording(std::move(plan), made(1024, 0), {made(kN, 100)});
@@ -204,6 +259,8 @@ void failures() {
 int main(int count, char** arguments) {
   kernels_overlap(count > 1 && std::strcmp(arguments[1], "old") == 0);
   launches();
+  arrays_that_do_not_change_may_move();
+  places();
   blocks_are_used_again();
   arrays_outlive_their_recording();
   failures();

@@ -6,7 +6,9 @@ quantized weights cost as much as the launch itself. So while `in_force` holds, 
 arrays that an `Addresses` keeps as one: a table of where they lie.
 
 MLX does not know that such a kernel reads them. They must have been computed, and nothing may write
-into them; whoever holds the `Addresses` keeps them alive.
+into them; whoever holds the `Addresses` keeps them alive. And MLX moves an array to other memory
+when the host asks for its elements (to save it, say): `Addresses.moved` tells that the tables are
+no longer right.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from zmlx.backend.cuda import library
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.source import CudaSource
 
@@ -50,12 +54,18 @@ class Addresses:
     Args:
         arrays: computed ones; those with no dimensions, or of a dtype that kernels do not take, are
             passed over, and what is not row contiguous is copied.
+
+    Raises:
+        zmlx.backend.extension.NativeUnavailable: nothing can watch them here.
     """
 
     def __init__(self, arrays: Iterable[mx.array]) -> None:
         given = [array for array in arrays if array.ndim and array.size and array.dtype in _TYPES]
         self._kept = [(array, mx.contiguous(array)) for array in given]
-        found = _addresses([whole for _, whole in self._kept])
+        wholes = [whole for _, whole in self._kept]
+        mx.eval(wholes)
+        self.moved = _watched(wholes)  # before it is asked where they are
+        found = _addresses(wholes)
         self._at = {id(array): at for (array, _), at in zip(self._kept, found, strict=True)}
         self._tables: dict[tuple[int, ...], mx.array] = {}
 
@@ -113,50 +123,58 @@ class Forms:
 Through = Callable[[Kernel], Callable[..., Any]]
 
 
-class _InForce(threading.local):
-    """The addresses that launches of this thread use, what they go through, and may be."""
+@dataclass(frozen=True)
+class InForce:
+    """How kernels are launched.
+
+    Attributes:
+        addresses: arrays that are given by address.
+        through: gives what is called in place of a kernel's `run`, with the same arguments.
+        clusters: launches may be of clusters of blocks: not those that MLX runs.
+    """
 
     addresses: Addresses | None = None
     through: Through | None = None
     clusters: bool = False
 
-
-_IN_FORCE = _InForce()
-
-
-def current() -> Addresses | None:
-    """Return the addresses in force in this thread."""
-    return _IN_FORCE.addresses
+    def run_of(self, kernel: Kernel) -> Callable[..., Any]:
+        """Return what launches a kernel."""
+        return kernel.run if self.through is None else self.through(kernel)
 
 
-def run_of(kernel: Kernel) -> Callable[..., Any]:
-    """Return what launches a kernel in this thread while addresses are in force."""
-    through = _IN_FORCE.through
-    return kernel.run if through is None else through(kernel)
+class _OfThread(threading.local):
+    in_force: InForce | None = None
+
+
+_OF_THREAD = _OfThread()
+
+
+def current() -> InForce | None:
+    """Return how launches of this thread are done; None for as ever."""
+    return _OF_THREAD.in_force
 
 
 def takes_clusters() -> bool:
-    """Return whether launches of this thread may be of clusters: not those that MLX runs."""
-    return _IN_FORCE.clusters
+    """Return whether launches of this thread may be of clusters."""
+    how = current()
+    return how is not None and how.clusters
 
 
 @contextmanager
-def in_force(
-    addresses: Addresses, through: Through | None = None, *, clusters: bool = False
-) -> Iterator[None]:
-    """Let launches of this thread take the arrays by address until the block ends.
-
-    Args:
-        addresses: the arrays.
-        through: gives what is called in place of a kernel's `run`, with the same arguments.
-        clusters: they may be of clusters of blocks (`takes_clusters`).
-    """
-    before = _IN_FORCE.addresses, _IN_FORCE.through, _IN_FORCE.clusters
-    _IN_FORCE.addresses, _IN_FORCE.through, _IN_FORCE.clusters = addresses, through, clusters
+def in_force(how: InForce) -> Iterator[None]:
+    """Have kernels of this thread launched in a way until the block ends."""
+    before = _OF_THREAD.in_force
+    _OF_THREAD.in_force = how
     try:
         yield
     finally:
-        _IN_FORCE.addresses, _IN_FORCE.through, _IN_FORCE.clusters = before
+        _OF_THREAD.in_force = before
+
+
+def _watched(arrays: Sequence[mx.array]) -> Callable[[], bool]:
+    """Return what tells whether one of some computed arrays has been moved since."""
+    moved: Callable[[], bool] = library.load().Places(list(arrays)).moved
+    return moved
 
 
 def _addresses(arrays: Sequence[mx.array]) -> list[int]:

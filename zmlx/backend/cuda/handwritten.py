@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.capability import architecture
-from zmlx.backend.cuda.addresses import Forms, current, run_of
+from zmlx.backend.cuda.addresses import Forms, current
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import CudaSource
@@ -75,12 +75,13 @@ def own_launch(definition: Definition, body: CudaBody) -> Launch:
         **rest: Any,
     ) -> list[mx.array]:
         rest.update(layout)
-        kernel, held = plain, current()
-        if held is not None:
-            kernel, inputs = forms.choose(held, None, definition.input_names, inputs, plain)
+        kernel, how = plain, current()
+        if how is not None and how.addresses is not None:
+            names = definition.input_names
+            kernel, inputs = forms.choose(how.addresses, None, names, inputs, plain)
         if output_dtypes != kernel.output_dtypes or template != kernel.template:
             kernel.notice(inputs, output_dtypes, template)
-        run = kernel.run if held is None else run_of(kernel)
+        run = kernel.run if how is None else how.run_of(kernel)
         return run(  # type: ignore[no-any-return]
             inputs=inputs, output_dtypes=output_dtypes, template=template, **rest
         )

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
-from zmlx.backend.cuda.addresses import Addresses, Forms, current, run_of
+from zmlx.backend.cuda.addresses import Addresses, Forms, current
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
 from zmlx.backend.cuda.source import Translation, Variant
@@ -71,12 +71,13 @@ def launch_of(definition: Definition) -> Launch:
         kernel = common if key is None else known.get(key) or variants.get(Variant(*key))
         if constants and template is not None:
             template = [item for item in template if item not in constants]
-        held = current()
-        if held is not None:
-            kernel, inputs = variants.by_address(held, key or (False, (), ()), inputs, kernel)
+        how = current()
+        if how is not None and how.addresses is not None:
+            form = key or (False, (), ())
+            kernel, inputs = variants.by_address(how.addresses, form, inputs, kernel)
         if output_dtypes != kernel.output_dtypes or template != kernel.template:
             kernel.notice(inputs, output_dtypes, template)
-        run = kernel.run if held is None else run_of(kernel)
+        run = kernel.run if how is None else how.run_of(kernel)
         return run(  # type: ignore[no-any-return]
             inputs=inputs,
             output_shapes=output_shapes,

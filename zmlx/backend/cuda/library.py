@@ -61,6 +61,11 @@ def begin() -> None:
         threading.Thread(target=built, name="zmlx-library").start()
 
 
+def is_being_built() -> bool:
+    """Return whether who asks for the library now would have to wait."""
+    return _BUILDING.locked()
+
+
 def load() -> ModuleType:
     """Return the library, built first if need be.
 
@@ -72,6 +77,12 @@ def load() -> ModuleType:
     if isinstance(found, NativeUnavailable):
         raise found
     return found
+
+
+def wait() -> None:
+    """Return when the library is there, or is known not to be built here."""
+    with suppress(NativeUnavailable):
+        load()
 
 
 @cache

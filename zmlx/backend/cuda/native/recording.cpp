@@ -83,6 +83,7 @@ Recording::Recording(Plan plan, mx::array arena, std::vector<mx::array> fixed)
     ZMLX_CALL(cuEventCreate, &done_, CU_EVENT_DISABLE_TIMING);
     at_.assign(plan_.buffers, 0);
     users_.resize(plan_.buffers);
+    users_of_fixed_.resize(fixed_.count());
     ZMLX_CALL(cuGraphCreate, &graph_, 0);
     add_all();
     ZMLX_CALL(cuGraphInstantiate, &executable_, graph_, 0);
@@ -138,6 +139,8 @@ void Recording::add_all() {
     for (const Argument& argument : launch.arguments) {
       if (argument.base == Base::buffer) {
         users_.at(argument.index).push_back(nodes_.size());
+      } else if (argument.base == Base::fixed) {
+        users_of_fixed_.at(argument.index).push_back(nodes_.size());
       }
     }
     add(std::move(node));
@@ -186,7 +189,7 @@ uint64_t Recording::address(const Argument& argument) const {
     case Base::arena:
       return address_of(arena_) + argument.offset;
     case Base::fixed:
-      return address_of(fixed_.at(argument.index)) + argument.offset;
+      return fixed_.at(argument.index) + argument.offset;
     default:
       return at_.at(argument.index) + argument.offset;
   }
@@ -201,9 +204,12 @@ void Recording::move(Node& node, const Moves& moves, size_t count) {
   node.values.assign(1, std::move(value));
 }
 
-// Tell the nodes of buffers that are elsewhere than at the last launch.
+// Tell the nodes of arrays that are elsewhere than at the last launch.
 void Recording::point_at(const std::vector<mx::array>& inputs) {
   std::vector<size_t> changed;
+  fixed_.each_moved([&](size_t i) {
+    changed.insert(changed.end(), users_of_fixed_[i].begin(), users_of_fixed_[i].end());
+  });
   for (size_t i = 0; i < plan_.buffers; ++i) {
     const uint64_t now = address_of(inputs[plan_.inputs.size() + i]);
     if (now != at_[i]) {
@@ -241,6 +247,7 @@ void Recording::launch(
     point_at(inputs);
   } catch (...) {
     at_.assign(plan_.buffers, 0); // all are told anew
+    fixed_.forget();
     throw;
   }
   const uint64_t arena = address_of(arena_);

@@ -13,6 +13,7 @@
 
 #include "blocks.h"
 #include "mlx/array.h"
+#include "places.h"
 
 namespace zmlx {
 
@@ -99,7 +100,7 @@ class Recording {
 
   Plan plan_;
   mx::array arena_;
-  std::vector<mx::array> fixed_;
+  Places fixed_;
   std::shared_ptr<Blocks> blocks_;
   CUcontext context_ = nullptr;
   bool overlapped_ = false;
@@ -107,8 +108,10 @@ class Recording {
   std::vector<CUfunction> functions_;
   // Copy in, the launches, copy out.
   std::vector<Node> nodes_;
-  // For each buffer the nodes that are given it, and where it was at the last launch.
+  // For each fixed array and each buffer the nodes that are given it.
+  std::vector<std::vector<size_t>> users_of_fixed_;
   std::vector<std::vector<size_t>> users_;
+  // Where each buffer was at the last launch.
   std::vector<uint64_t> at_;
   // The nodes are those of the graph, and stand for their copies in what is launched.
   CUgraph graph_ = nullptr;
