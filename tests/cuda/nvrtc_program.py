@@ -1,4 +1,4 @@
-"""Compiles kernels as MLX does, without a GPU: NVRTC and CUDA's headers from NVIDIA's wheels."""
+"""Compiles kernels without a GPU: NVRTC and CUDA's headers from NVIDIA's wheels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from zmlx.backend.cuda import CudaSource
-from zmlx.backend.cuda.headers import headers
+from zmlx.backend.cuda.headers import headers as ours
 
 #: What every program of MLX begins with.
 START = '#include "mlx/backend/cuda/device/utils.cuh"\n#include <cooperative_groups.h>\n'
@@ -131,20 +131,20 @@ def assemble(
     )
 
 
-def compile_program(*kernels: str, architecture: str = "sm_90a", leanly: bool = True) -> str | None:
+def compile_program(*kernels: str, architecture: str = "sm_90a", fully: bool = True) -> str | None:
     """Return None when kernels compile in one program, else what the compiler says.
 
     Args:
         *kernels: texts, one after another.
         architecture: of the device, by default that of an H200.
-        leanly: whether they have to compile with the headers for compiling ahead, too.
+        fully: whether they have to compile with MLX's own headers, too, which takes some seconds.
     """
     target = f"--gpu-architecture={architecture}"
     compiled, log, _ = _compiled(kernels, target)
-    if compiled and leanly:
+    if compiled and fully:
         # No more than the front end: what it says is what can differ.
         target = target.replace("sm_", "compute_")
-        compiled, log, _ = _compiled(kernels, target, headers=headers())
+        compiled, log, _ = _compiled(kernels, target, headers=FULL)
     return None if compiled else log
 
 
@@ -168,9 +168,13 @@ def ptx(*kernels: str, architecture: str) -> str:
 
 
 def _compiled(
-    kernels: Sequence[str], *extra: str, headers: Mapping[str, str] = FULL
+    kernels: Sequence[str], *extra: str, headers: Mapping[str, str] | None = None
 ) -> tuple[bool, str, str]:
-    """Compile, and return whether that went well, what the compiler says, and the program's PTX."""
+    """Compile, and return whether that went well, what the compiler says, and the program's PTX.
+
+    The headers are by default those with which zmlx compiles ahead of MLX.
+    """
+    headers = ours() if headers is None else headers
     found = library()
     assert found is not None
     nvrtc, includes = found

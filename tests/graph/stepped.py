@@ -7,6 +7,7 @@ traced, rewritten and replayed is what a GPU replays.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -65,11 +66,10 @@ def programs(model: nn.Module) -> list[DecodeProgram]:
 def filled(
     model: nn.Module, prompt: mx.array = PROMPT, cache: list[Any] | None = None
 ) -> list[Any]:
-    """Return a model's caches after a prompt, which the CPU reads."""
+    """Return a model's caches after a prompt, which the CPU reads if it is their first."""
     cache = make_prompt_cache(model) if cache is None else cache
-    # MLX moves what the CPU reads to the host when it plans that, even if a GPU is to write it yet.
     mx.eval(model.parameters())
-    with on_cpu():
+    with nullcontext() if cache[0].offset else on_cpu():
         mx.eval(model(prompt, cache=cache))
     return cache
 
