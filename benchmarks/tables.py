@@ -1,4 +1,4 @@
-"""Put the figures of the capsules into docs/CPU.md, docs/CUDA.md and README.md.
+"""Put the figures of the capsules into pages of docs/ and README.md.
 
     python benchmarks/tables.py
 
@@ -167,12 +167,8 @@ def parts(capsule: Capsule, subject: str, variant: str) -> Iterator[str]:
         return capsule.median(subject, variant, quantity)
 
     rate, limit = middle("decode"), middle("of_the_limit")
-    token, gpu = 1e6 / rate if rate else None, middle("gpu")
-    yield digits(token)
-    yield from (digits(middle(name)) for name in ("python", "encoding"))
-    # A sum over kernels that overlap is more than a token takes, and no time.
-    yield "overlapping" if gpu and token and variant == "zmlx" and gpu > token else digits(gpu)
-    yield digits(middle("kernels"))
+    yield digits(1e6 / rate if rate else None)
+    yield from (digits(middle(name)) for name in ("python", "encoding", "gpu", "kernels"))
     sizes = middle("weights"), middle("cache")
     yield "" if None in sizes else f"{sum(size or 0 for size in sizes) / 1e9:.2f}"
     yield "" if limit is None else f"{limit:.0f} %"
@@ -202,6 +198,23 @@ def patches(capsule: Capsule) -> Iterator[str]:
             f"{max(growth):+.1f} %" if growth else "",
             *("" if error is None else f"{digits(error)} %" for error in errors),
         )
+
+
+def choices(capsule: Capsule) -> Iterator[str]:
+    """One row for each number and length of rows, one column for each function."""
+    names = list(dict.fromkeys(subject.partition(", ")[0] for subject in capsule.subjects()))
+    shapes = list(dict.fromkeys(subject.partition(", ")[2] for subject in capsule.subjects()))
+    yield from head("logits", *(f"{name}, us" for name in names))
+    for shape in shapes:
+        count, _, length = shape.partition(" x ")
+        cells = []
+        for name in names:
+            stock, ours = (
+                capsule.median(f"{name}, {shape}", variant, "gpu") or 0
+                for variant in ("mlx-lm", "zmlx")
+            )
+            cells.append(f"{digits(stock)}, {digits(ours)} ({stock / ours:.1f}x)")
+        yield rows(f"{count} row{'s' if count != '1' else ''} of {length}", *cells)
 
 
 def workloads_of(capsule: Capsule) -> dict[str, list[str]]:
@@ -252,6 +265,7 @@ PLACES = (
     Place("models-cuda", "docs/CUDA.md", _MODELS, speeds),
     Place("model-times-cuda", "docs/CUDA.md", _MODELS, token_times),
     Place("model-patches-cuda", "docs/CUDA.md", _MODELS, patches),
+    Place("samplers-cuda", "docs/DECODE.md", "samplers-cuda.json", choices),
 )
 
 

@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from zmlx.backend.cuda import library
 from zmlx.bench import shapes
 from zmlx.bench.twin import twin
 from zmlx.catalog.configurations import configurations
@@ -85,6 +86,7 @@ def apart(name: str) -> float:
     """Return how far a patched model's logits are from stock's, relative, over some steps."""
     stock = made(name)
     models = (stock, patch(twin(stock)))
+    library.wait()  # or steps would not be recorded yet
     caches = [filled(model) for model in models]
     worst = 0.0
     for token in range(STEPS):

@@ -21,8 +21,8 @@ def on_cpu() -> Iterator[None]:
     Of products of float32 and quantized weights MLX 0.32.4 has some on CUDA devices that are wrong,
     differently each time, when there are few tokens and rows are short, and lacks others.
 
-    Nothing that the block reads may have been written by a GPU: MLX copies an array to the host's
-    memory when an operation of the CPU takes it, and does not wait until that has been done.
+    After steps on a GPU the CPU's operations are wrong now and then as well, in buffers that MLX
+    moves from the one's memory to the other's: so only first prompts are read here.
     """
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
