@@ -35,7 +35,11 @@ TABLE: "dict[str, tuple[str, str, str]]" = {
         "alias of option moe_mlp.router_argpartition_logits_topk, family qwen",
     ),
     "ZMLX_CLANG": ("a program", "clang", "clang 14 or later, which looks at Metal text for tests"),
-    "ZMLX_CXX": ("a compiler", "c++, g++ or clang++", "compiler of the native CPU kernels"),
+    "ZMLX_CXX": (
+        "a compiler",
+        "c++, g++ or clang++",
+        "compiler of native code: CPU kernels, what launches recorded steps",
+    ),
 }
 
 

@@ -445,6 +445,7 @@ def test_tables_of_the_documentation_come_from_the_capsule(measured, tmp_path, m
     monkeypatch.setattr(tables, "CAPSULES", tmp_path / "benchmarks" / "capsules")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "CPU.md").write_text("nothing")
+    (tmp_path / "docs" / "DECODE.md").write_text("nothing")
     (tmp_path / "README.md").write_text("no place")
     cuda = tmp_path / "docs" / "CUDA.md"
     cuda.write_text((ROOT / "docs" / "CUDA.md").read_text())

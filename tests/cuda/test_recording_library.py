@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -72,9 +74,13 @@ def ended():
 
 def test_it_is_built_once_while_other_things_are_done(slow):
     library.begin()
+    while not slow.started:
+        time.sleep(0.01)
+    assert library.is_being_built()
     threading.Timer(0.1, slow.end.set).start()
     assert library.load() is slow.result  # waits
     ended()
+    assert not library.is_being_built()
     assert library.load() is slow.result
     assert slow.started == ["zmlx-library"]
 
@@ -91,6 +97,23 @@ def test_a_build_that_fails_is_not_tried_again(slow, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_who_asks_in_vain_is_not_kept(slow, monkeypatch):
+    class Model:
+        pass
+
+    def missing():
+        raise NativeUnavailable("no compiler")
+
+    def ask():
+        model = Model()
+        library.wait()
+        return weakref.ref(model)
+
+    monkeypatch.setattr(library, "_load", missing)
+    asked = [ask() for _ in range(2)]
+    assert [model() for model in asked] == [None, None]
+
+
 def test_whatever_else_goes_wrong_is_told_who_asks(slow, capfd):
     slow.result = PermissionError("not yours")
     slow.end.set()
@@ -98,6 +121,7 @@ def test_whatever_else_goes_wrong_is_told_who_asks(slow, capfd):
     ended()
     with pytest.raises(PermissionError, match="not yours"):
         library.load()
+    library.wait()
     assert capfd.readouterr() == ("", "")
 
 

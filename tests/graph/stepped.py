@@ -7,7 +7,8 @@ traced, rewritten and replayed is what a GPU replays.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -64,12 +65,16 @@ def programs(model: nn.Module) -> list[DecodeProgram]:
 
 
 def filled(
-    model: nn.Module, prompt: mx.array = PROMPT, cache: list[Any] | None = None
+    model: nn.Module,
+    prompt: mx.array = PROMPT,
+    cache: list[Any] | None = None,
+    *,
+    on: Callable[[], AbstractContextManager[None]] = on_cpu,
 ) -> list[Any]:
-    """Return a model's caches after a prompt, which the CPU reads if it is their first."""
+    """Return a model's caches after a prompt; where there have been steps, on `nullcontext`."""
     cache = make_prompt_cache(model) if cache is None else cache
     mx.eval(model.parameters())
-    with nullcontext() if cache[0].offset else on_cpu():
+    with on():
         mx.eval(model(prompt, cache=cache))
     return cache
 

@@ -74,24 +74,27 @@ def load() -> ModuleType:
     """
     with _BUILDING:
         found = _loaded()
-    if isinstance(found, NativeUnavailable):
-        raise found
+    if isinstance(found, str):
+        raise NativeUnavailable(found)
     return found
 
 
 def wait() -> None:
-    """Return when the library is there, or is known not to be built here."""
-    with suppress(NativeUnavailable):
+    """Return when the library is there, or is known not to be had here."""
+    with suppress(Exception):  # whoever needs the library is told
         load()
 
 
 @cache
-def _loaded() -> ModuleType | NativeUnavailable:
-    """Return the library, or why there is none: that stays so, and takes a while to find out."""
+def _loaded() -> ModuleType | str:
+    """Return the library, or why there is none: that stays so, and takes a while to find out.
+
+    Not the exception itself, which keeps whatever its callers hold.
+    """
     try:
         return _load()
-    except NativeUnavailable as reason:
-        return reason
+    except NativeUnavailable as failure:
+        return failure.reason
 
 
 def _load() -> ModuleType:
