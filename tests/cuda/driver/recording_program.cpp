@@ -174,10 +174,10 @@ void places() {
     places.each_moved([&](size_t i) { found += std::to_string(i); });
     return found;
   };
-  EXPECT(ask() == "");
+  EXPECT(!places.moved() && ask() == "");
   moved(two);
-  EXPECT(ask() == "1");
-  EXPECT(ask() == "");
+  EXPECT(places.moved() && places.moved() && ask() == "1");
+  EXPECT(!places.moved() && ask() == "");
   EXPECT(places.at(1) == reinterpret_cast<uint64_t>(data(two)));
   places.forget();
   EXPECT(ask() == "01");

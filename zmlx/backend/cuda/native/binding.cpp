@@ -117,11 +117,7 @@ NB_MODULE(_zmlx_replay, m) {
   nb::module_::import_("mlx.core");
   nb::class_<zmlx::Places>(m, "Places")
       .def(nb::init<zmlx::Arrays>(), "arrays"_a)
-      .def("moved", [](zmlx::Places& places) {
-        bool any = false;
-        places.each_moved([&](size_t) { any = true; });
-        return any;
-      });
+      .def("moved", &zmlx::Places::moved);
   nb::class_<zmlx::Held>(m, "Recording").def_prop_ro("overlapped", [](const zmlx::Held& held) {
     return held.recording->overlapped();
   });

@@ -1,6 +1,7 @@
 // Where arrays lie that do not change: MLX moves one when the host asks for its elements.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -31,6 +32,11 @@ class Places {
     return reinterpret_cast<uint64_t>(places_.at(index).data) + uint64_t(arrays_[index].offset());
   }
 
+  // Whether an array lies elsewhere.
+  bool moved() const {
+    return std::any_of(places_.begin(), places_.end(), is_moved);
+  }
+
   // Have all of them count as moved.
   void forget() {
     for (Place& place : places_) {
@@ -43,7 +49,7 @@ class Places {
   void each_moved(F function) {
     for (size_t i = 0; i < places_.size(); ++i) {
       Place& place = places_[i];
-      if (place.buffer->data != place.data) {
+      if (is_moved(place)) {
         place.data = place.buffer->data;
         function(i);
       }
@@ -56,6 +62,10 @@ class Places {
     const mx::cu::CudaBuffer* buffer;
     const void* data;
   };
+
+  static bool is_moved(const Place& place) {
+    return place.buffer->data != place.data;
+  }
 
   std::vector<mx::array> arrays_;
   std::vector<Place> places_;
