@@ -27,7 +27,7 @@ def programs(tmp_path):
 def planned(tmp_path, *arguments):
     """Return what make would run, without running it, in a fresh virtual environment."""
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    for name in ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "EXTRA"):
+    for name in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "PYTHON", "EXTRA"):
         environment.pop(name, None)
     command = [
         "make",

@@ -79,7 +79,7 @@ def test_when_all_fail_every_reason_is_given():
 def test_a_candidate_with_other_outputs_is_dropped_with_a_warning(wrong):
     candidates = {
         "fast but wrong": sleeping(0, wrong),
-        "a": sleeping(0.002),
+        "a": sleeping(0.02),
         "b": sleeping(0.001),
     }
     with pytest.warns(TuningWarning, match="fast but wrong: outputs differ from those of a, b"):
