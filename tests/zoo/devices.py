@@ -21,8 +21,9 @@ def on_cpu() -> Iterator[None]:
     Of products of float32 and quantized weights MLX 0.32.4 has some on CUDA devices that are wrong,
     differently each time, when there are few tokens and rows are short, and lacks others.
 
-    After steps on a GPU the CPU's operations are wrong now and then as well, in buffers that MLX
-    moves from the one's memory to the other's: so only first prompts are read here.
+    Only first prompts are read here, whose caches are new. An array that a GPU has made is moved to
+    the host's memory by whoever asks for it first, and that may be two threads of MLX's at once:
+    the one that plans a product, and the one that copies. Then what was written to it is lost.
     """
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
