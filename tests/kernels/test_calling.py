@@ -80,6 +80,7 @@ def launches(monkeypatch):
 
 
 X, Y = mx.arange(6.0).reshape(2, 3), mx.arange(6.0).reshape(2, 3) + 1
+mx.eval(X, Y)  # in this thread: another one has other streams
 
 
 def same(found, truth):
