@@ -83,8 +83,14 @@ def _lookup_reference(
     return y.astype(mx.bfloat16 if deciding is None else deciding.dtype)
 
 
+#: Terms of a product above which they would take too much memory one by one: 64 MB.
+_MOST_TERMS = 2**24
+
+
 def _products(x: mx.array, w: mx.array) -> mx.array:
-    """Return `x @ w.T`, in float32: with several rows MLX's own has 19 bits on CUDA (TF32)."""
+    """Return `x @ w.T`, small ones in float32: with rows MLX's own has 19 bits on CUDA (TF32)."""
+    if x.size * w.shape[0] > _MOST_TERMS:
+        return x @ w.T
     return (x[..., None, :] * w).sum(axis=-1)
 
 
