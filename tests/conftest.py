@@ -1,4 +1,4 @@
-"""What every run begins with, and how pytest-xdist spreads the suite."""
+"""What every run begins with, how pytest-xdist spreads the suite, and what tests share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx_preamble
 import pytest
+from virtual_time import VirtualTime
 
 #: files whose tests share what is slow to make: one process runs them, or those of one parameter
 SHARED = (
@@ -28,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     if not hasattr(config, "workerinput"):
         mlx_preamble.precompile()
+
+
+@pytest.fixture
+def virtual_time(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
+    """Let only `time.sleep` take time, which it does not wait for."""
+    virtual = VirtualTime()
+    monkeypatch.setattr("time.perf_counter", virtual.perf_counter)
+    monkeypatch.setattr("time.sleep", virtual.sleep)
+    return virtual
 
 
 @pytest.hookimpl(optionalhook=True)

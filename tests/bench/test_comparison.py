@@ -11,10 +11,11 @@ import mlx.core as mx
 import pytest
 
 import zmlx.bench
-from zmlx.bench import ceiling
+from zmlx.bench import ceiling, comparison
 from zmlx.bench.capsule import read, write
 from zmlx.bench.comparison import QUANTITIES
 from zmlx.bench.report import report
+from zmlx.tuning import timing
 
 
 @pytest.fixture(autouse=True)
@@ -57,22 +58,34 @@ def test_the_function_and_not_a_module_is_there():
         zmlx.bench.other  # noqa: B018
 
 
-def test_times_are_of_one_call_and_the_speedup_is_against_the_last():
+def test_times_are_of_one_call_and_the_speedup_is_against_the_last(virtual_time, monkeypatch):
+    monkeypatch.setattr(comparison, "copy_bandwidth", lambda: 1e9)
     result = compared({"fast": sleeping(0.002), "slow": sleeping(0.006)})
     fast, slow = row_of(result, "fast"), row_of(result, "slow")
-    assert 0.002 <= fast.call < 0.006
-    assert 0.002 <= fast.latency < 0.006
-    assert 0.006 <= slow.call < 0.02
-    assert 1.5 < result.speedup(fast) < 6
+    assert fast.call == fast.latency == pytest.approx(0.002)
+    assert slow.call == slow.latency == pytest.approx(0.006)
+    assert result.speedup(fast) == pytest.approx(3)
     assert result.speedup(slow) == 1.0
     assert len(fast.call_seconds) == len(fast.latency_seconds) == 3
 
 
-def test_small_calls_are_timed_in_batches():
+def test_small_calls_are_timed_in_batches(virtual_time, monkeypatch):
+    monkeypatch.setattr(comparison, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(timing, "finish", sleeping(100e-6, timing.finish))
+    result = compared({"a": sleeping(10e-6), "b": sleeping(20e-6)})
+    for row, seconds in zip(result.rows, (10e-6, 20e-6), strict=True):
+        assert row.calls >= 50
+        assert row.latency == pytest.approx(seconds + 100e-6)
+        assert row.call == pytest.approx(seconds + 100e-6 / row.calls)
+        assert row.ok
+
+
+def test_real_calls_have_times():
     result = compared({"a": lambda x: x + 1, "b": lambda x: 1 + x})
     for row in result.rows:
         assert row.calls >= 4
-        assert row.call < row.latency
+        assert 0 < row.call < 0.1
+        assert 0 < row.latency < 0.1
         assert row.ok
 
 

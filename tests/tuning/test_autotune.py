@@ -27,7 +27,7 @@ SECONDS = {(32, 1, 1): 0.003, (64, 1, 1): 0.001, (8, 8, 1): 0.004}
 
 
 @pytest.fixture(autouse=True)
-def on_a_device(tmp_path, monkeypatch):
+def on_a_device(tmp_path, monkeypatch, virtual_time):
     """Tune as on a GPU: what is called here is a fake that sleeps."""
     monkeypatch.setenv("ZMLX_CACHE_DIR", str(tmp_path / "cache"))
     for module in ("kernel", "function"):

@@ -13,6 +13,8 @@ from zmlx.tuning.search import TracedError, fastest, same, search
 
 X = mx.arange(12, dtype=mx.float32)
 
+pytestmark = pytest.mark.usefixtures("virtual_time")
+
 
 def sleeping(seconds, result=None):
     def call():
@@ -35,7 +37,7 @@ def test_the_fastest_wins():
     assert found.best == "b"
     medians = found.medians_ms()
     assert medians["b"] < medians["a"] < medians["c"]
-    assert 1.0 <= medians["b"] < 4
+    assert medians["b"] == pytest.approx(1.0)
     assert all(len(seconds) == 3 for seconds in found.seconds.values())
 
 
@@ -116,10 +118,8 @@ def test_what_counts_as_the_same(dtype):
 
 
 def test_rounds_end_when_the_budget_is_spent():
-    started = time.perf_counter()
     found = search("k", {"a": sleeping(0.02)}, default="a", rounds=1000, budget=0.05)
     assert 3 <= len(found.seconds["a"]) < 20
-    assert time.perf_counter() - started < 5
 
 
 def test_a_candidate_that_needs_a_traced_value_says_so():

@@ -24,6 +24,8 @@ BATCH_SECONDS = 2e-3
 _MOST_CALLS = 512
 #: Bytes of outputs that a batch may hold at once.
 _MOST_BYTES = 2**30
+#: Seconds that a machine which does something else in between may add to a call.
+_PAUSE = 0.05
 
 
 def finish(result: Any) -> Any:
@@ -55,12 +57,25 @@ def batch_size(call: Call, seconds: float = BATCH_SECONDS) -> int:
     most = min(_MOST_CALLS, by_memory)
     count = 1
     while count < most:
-        taken = seconds_per_call(call, count) * count
+        taken = _batch_seconds(call, count, seconds)
         if taken >= seconds:
             break
         # What a batch costs by itself makes the first guess small; it is repeated until it fits.
         count = min(most, max(2 * count, math.ceil(count * seconds / max(taken, 1e-9) / 2)))
     return count
+
+
+def _batch_seconds(call: Call, count: int, enough: float) -> float:
+    """Return what a batch takes; where that is `enough`, the least of three, or it is a long one.
+
+    One pause of the machine would else end the search for a size that outweighs such pauses.
+    """
+    least = math.inf
+    for _ in range(3):
+        least = min(least, seconds_per_call(call, count) * count)
+        if not enough <= least < _PAUSE:
+            break
+    return least
 
 
 def in_turn(
