@@ -11,6 +11,7 @@ from places import stand_still
 
 from zmlx.backend import cuda
 from zmlx.backend.cuda import addresses
+from zmlx.backend.cuda.launching import InForce, current, in_force
 from zmlx.backend.definition import CudaBody, Definition
 
 SOURCE = """
@@ -65,7 +66,7 @@ def test_constants_come_in_a_table(launches, byhand):
     )
     definition = Definition("scaled", tuple(inputs), ("out",), SOURCE, **own)
     held = addresses.Addresses([inputs["weight"], inputs["bias"], inputs["more"]])
-    with addresses.in_force(addresses.InForce(held)):
+    with in_force(InForce(held)):
         launched(definition, inputs)
     launched(definition, inputs)
     by_address, plain = launches[-2:]
@@ -81,14 +82,14 @@ def test_constants_come_in_a_table(launches, byhand):
 
 def test_one_constant_is_not_worth_a_table(launches):
     inputs = arrays()
-    with addresses.in_force(addresses.InForce(addresses.Addresses([inputs["weight"]]))):
+    with in_force(InForce(addresses.Addresses([inputs["weight"]]))):
         launched(Definition("scaled", tuple(inputs), ("out",), SOURCE), inputs)
     assert launches[-1]["input_names"] == list(inputs)
 
 
 def test_equal_arrays_are_not_the_same(launches):
     inputs = arrays()
-    with addresses.in_force(addresses.InForce(addresses.Addresses(arrays().values()))):
+    with in_force(InForce(addresses.Addresses(arrays().values()))):
         launched(Definition("scaled", tuple(inputs), ("out",), SOURCE), inputs)
     assert launches[-1]["input_names"] == list(inputs)
 
@@ -102,17 +103,17 @@ def test_what_has_no_address_is_passed_over(monkeypatch):
 
 def test_the_block_ends_also_when_it_fails(launches):
     held = addresses.Addresses([mx.ones(4)])
-    how = addresses.InForce(held)
-    with pytest.raises(ZeroDivisionError), addresses.in_force(how):
+    how = InForce(held)
+    with pytest.raises(ZeroDivisionError), in_force(how):
         raise ZeroDivisionError
-    assert addresses.current() is None
+    assert current() is None
 
 
 def test_forms_are_made_once(launches):
     inputs = arrays()
     definition = Definition("scaled", tuple(inputs), ("out",), SOURCE)
     held = addresses.Addresses([inputs["weight"], inputs["more"]])
-    with addresses.in_force(addresses.InForce(held)):
+    with in_force(InForce(held)):
         for _ in range(3):
             launched(definition, inputs)
     tables = {id(call["inputs"][-1]) for call in launches}

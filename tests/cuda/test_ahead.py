@@ -14,10 +14,11 @@ from nvrtc_program import FULL, compile_program, is_missing, library
 from places import stand_still
 
 from zmlx.backend.cuda import ahead, compiled, jit_module
-from zmlx.backend.cuda.addresses import Addresses, InForce, in_force
+from zmlx.backend.cuda.addresses import Addresses
 from zmlx.backend.cuda.ahead import is_settled, keep, lean_for
 from zmlx.backend.cuda.headers import headers
 from zmlx.backend.cuda.jit_module import KernelText, module_of
+from zmlx.backend.cuda.launching import InForce, in_force
 from zmlx.backend.cuda.nvrtc import CompileError, Compiler
 from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.backend.cuda.source import PRELUDE, CudaSource

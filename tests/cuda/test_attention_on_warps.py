@@ -9,7 +9,7 @@ from kernels.test_decode_attention import arrays, check, error, normal, norms, s
 from precompiled import COMPILER
 
 from zmlx.backend import current
-from zmlx.backend.cuda.addresses import InForce, in_force
+from zmlx.backend.cuda.launching import InForce, in_force
 from zmlx.kernels import attention_launch
 from zmlx.kernels import decode_attention as module
 from zmlx.kernels.attention_launch import Layout

@@ -10,7 +10,8 @@ from nvrtc_program import assemble, is_missing, ptx
 from places import stand_still
 
 from zmlx.backend.cuda import CudaSource, compiled
-from zmlx.backend.cuda.addresses import Addresses, InForce, in_force
+from zmlx.backend.cuda.addresses import Addresses
+from zmlx.backend.cuda.launching import InForce, in_force
 from zmlx.backend.cuda.recording import mover_text
 from zmlx.backend.cuda.source import OVERLAPPED, WAIT
 from zmlx.backend.definition import CudaBody, Definition

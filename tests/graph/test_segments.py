@@ -8,7 +8,7 @@ import pytest
 from emulated_cuda import emulate_cuda
 from simulated_recording import SimulatedRecording
 
-from zmlx.backend.cuda.addresses import takes_clusters
+from zmlx.backend.cuda.launching import takes_clusters
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.graph.arena import Arena

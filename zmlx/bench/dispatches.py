@@ -148,7 +148,7 @@ def count(model: nn.Module, backends: Iterable[str], context: int = CONTEXT) -> 
         ValueError: kernels of a backend cannot be counted.
     """
     from zmlx.graph.dispatches import dispatches  # noqa: PLC0415
-    from zmlx.runtime.sampling import SHORT  # noqa: PLC0415
+    from zmlx.runtime.sampling import second_launches  # noqa: PLC0415
 
     stock, replayed = stock_graph(model, context), recorded(model, context)
     found: dict[str, Counts] = {}
@@ -158,8 +158,7 @@ def count(model: nn.Module, backends: Iterable[str], context: int = CONTEXT) -> 
             around = Counter(counts["stock"])
             around.subtract(dispatches(replayed.stock, backend))
             around.update(dispatches(replayed.program, backend))
-            if stock.outputs[1].shape[-1] >= SHORT:  # parts of the vocabulary, and then their sum
-                around.update(("ArgReduce", "LogSumExp"))
+            around.update(second_launches(stock.outputs[1].shape[-1]))
             counts["patched"] = {op: n for op, n in around.most_common() if n > 0}
         found[backend] = counts
     return found

@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from zmlx.backend import for_kernels
 from zmlx.backend.cuda import library
-from zmlx.backend.cuda.addresses import Addresses, InForce, in_force
+from zmlx.backend.cuda.addresses import Addresses
+from zmlx.backend.cuda.launching import InForce, in_force
 from zmlx.backend.cuda.side_by_side import side_by_side
 from zmlx.graph.nodes import Graph, Value
 from zmlx.graph.operations import built

@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from zmlx.backend.cuda.addresses import InForce, in_force
 from zmlx.backend.cuda.ahead import Kernel
+from zmlx.backend.cuda.launching import InForce, in_force
 from zmlx.backend.definition import Template
 from zmlx.graph.nodes import Graph, Node
 from zmlx.graph.operations import FUSED, built, emit

@@ -9,7 +9,7 @@ from functools import cache
 import mlx.core as mx
 
 from zmlx.backend.capability import architecture
-from zmlx.backend.cuda.addresses import takes_clusters
+from zmlx.backend.cuda.launching import takes_clusters
 from zmlx.backend.definition import CudaBody, Definition
 from zmlx.backend.launch import launcher
 from zmlx.kernels import (

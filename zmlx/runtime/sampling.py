@@ -160,6 +160,14 @@ def _functions(backend: str) -> dict[str, dict[str, Function]]:
     return {_GENERATE: {"logsumexp": logsumexp, "argmax": argmax}, _SAMPLERS: {"argmax": argmax}}
 
 
+def second_launches(length: int) -> tuple[str, ...]:
+    """Return what of a token's choice is two launches on a GPU, not one, by the vocabulary's size.
+
+    These are MLX's names of the operations.
+    """
+    return ("ArgReduce", "LogSumExp") if length >= SHORT else ()
+
+
 def to_be_probed(backend: str) -> list[tuple[KernelSpec, dict[str, Any]]]:
     """Return the kernels that `use` needs, and their configurations; none if there is no use."""
     modules = [sys.modules.get(name) for name in (_GENERATE, _SAMPLERS)]

@@ -2,8 +2,8 @@
 
 What a launch costs the host grows with its inputs: each is looked up while a recorded graph is
 replayed, visited when it is evaluated, and noted for the order of kernels; the ten arrays of three
-quantized weights cost as much as the launch itself. So while `in_force` holds, launches take the
-arrays that an `Addresses` keeps as one: a table of where they lie.
+quantized weights cost as much as the launch itself. So launches can be made (`launching`) that take
+the arrays which an `Addresses` keeps as one: a table of where they lie.
 
 MLX does not know that such a kernel reads them. They must have been computed, and nothing may write
 into them; whoever holds the `Addresses` keeps them alive. And MLX moves an array to other memory
@@ -13,10 +13,7 @@ no longer right.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -117,58 +114,6 @@ class Forms:
             left = [*(name for name, _ in others), TABLE]
             self._made[form] = self._make(key, _declarations(told, dtypes), left)
         return self._made[form], [*(array for _, array in others), held.table(arrays)]
-
-
-#: Stands for a kernel's `run`.
-Through = Callable[[Kernel], Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class InForce:
-    """How kernels are launched.
-
-    Attributes:
-        addresses: arrays that are given by address.
-        through: gives what is called in place of a kernel's `run`, with the same arguments.
-        clusters: launches may be of clusters of blocks: not those that MLX runs.
-    """
-
-    addresses: Addresses | None = None
-    through: Through | None = None
-    clusters: bool = False
-
-    def run_of(self, kernel: Kernel) -> Callable[..., Any]:
-        """Return what launches a kernel."""
-        return kernel.run if self.through is None else self.through(kernel)
-
-
-class _OfThread(threading.local):
-    in_force: InForce | None = None
-
-
-_OF_THREAD = _OfThread()
-
-
-def current() -> InForce | None:
-    """Return how launches of this thread are done; None for as ever."""
-    return _OF_THREAD.in_force
-
-
-def takes_clusters() -> bool:
-    """Return whether launches of this thread may be of clusters."""
-    how = current()
-    return how is not None and how.clusters
-
-
-@contextmanager
-def in_force(how: InForce) -> Iterator[None]:
-    """Have kernels of this thread launched in a way until the block ends."""
-    before = _OF_THREAD.in_force
-    _OF_THREAD.in_force = how
-    try:
-        yield
-    finally:
-        _OF_THREAD.in_force = before
 
 
 def _watched(arrays: Sequence[mx.array]) -> Callable[[], bool]:

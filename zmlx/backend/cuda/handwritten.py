@@ -8,9 +8,10 @@ from typing import Any, cast
 import mlx.core as mx
 
 from zmlx.backend.capability import architecture
-from zmlx.backend.cuda.addresses import Forms, current
+from zmlx.backend.cuda.addresses import Forms
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
+from zmlx.backend.cuda.launching import current
 from zmlx.backend.cuda.source import CudaSource
 from zmlx.backend.definition import CudaBody, Definition, Launch, Template
 

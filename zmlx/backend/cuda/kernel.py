@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 
 from zmlx.backend.arguments import MAX_THREADS
-from zmlx.backend.cuda.addresses import Addresses, Forms, current
+from zmlx.backend.cuda.addresses import Addresses, Forms
 from zmlx.backend.cuda.ahead import Kernel
 from zmlx.backend.cuda.included import shortened
+from zmlx.backend.cuda.launching import current
 from zmlx.backend.cuda.source import Translation, Variant
 from zmlx.backend.definition import Definition, Launch, Template
 
