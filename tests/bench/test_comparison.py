@@ -75,6 +75,7 @@ def test_small_calls_are_timed_in_batches(virtual_time, monkeypatch):
     result = compared({"a": sleeping(10e-6), "b": sleeping(20e-6)})
     for row, seconds in zip(result.rows, (10e-6, 20e-6), strict=True):
         assert row.calls >= 50
+        assert row.call < row.latency
         assert row.latency == pytest.approx(seconds + 100e-6)
         assert row.call == pytest.approx(seconds + 100e-6 / row.calls)
         assert row.ok

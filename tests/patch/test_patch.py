@@ -246,18 +246,17 @@ def test_worker_threads(model, tokens):
 
 def test_forty_eight_layers_in_under_a_second_and_no_memory(make_llama):
     patch(make_llama())  # the probes are cached, and the library is built
-    model = make_llama(layers=48)
-    mx.eval(model.parameters())
-    before = mx.get_active_memory()
     seconds = []
     for _ in range(3):  # the quickest, so that a busy machine does not matter
-        unpatch(model)
+        model = make_llama(layers=48)
+        mx.eval(model.parameters())
+        before = mx.get_active_memory()
         started = time.perf_counter()
         patch(model)
         seconds.append(time.perf_counter() - started)
+        assert model._zmlx_patch_result.patched_count == 48 * 12 + 3
+        assert mx.get_active_memory() <= before * 1.01
     assert min(seconds) < 1.0
-    assert model._zmlx_patch_result.patched_count == 48 * 12 + 3
-    assert mx.get_active_memory() <= before * 1.01
 
 
 @pytest.mark.parametrize("length", [1, 3])

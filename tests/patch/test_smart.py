@@ -12,13 +12,9 @@ from zmlx.runtime import smart
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch, virtual_time):
     """Let time pass only while a model with given patterns runs."""
-    state = {"now": 0.0, "cost": {}}
-
-    def perf_counter():
-        return state["now"]
-
+    state = {"cost": {}}
     evaluated = smart._evaluated
 
     def timed(forward, model, sample):
@@ -27,10 +23,9 @@ def clock(monkeypatch):
             vars(model).get(smart.RESULT).pattern_counts if smart.RESULT in vars(model) else ()
         ):
             cost += state["cost"].get(name, 0.0)
-        state["now"] += cost
+        virtual_time.sleep(cost)
         return evaluated(forward, model, sample)
 
-    monkeypatch.setattr(smart.time, "perf_counter", perf_counter)
     monkeypatch.setattr(smart, "_evaluated", timed)
     return state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import mlx.core as mx
 
@@ -42,13 +41,13 @@ class Build:
 
     def __init__(self, graph: Graph, addresses: Addresses | None = None) -> None:
         self.graph = graph
-        self._how = None if addresses is None else InForce(addresses)
+        self._how = InForce(addresses)
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Return the graph's outputs, lazily."""
         if for_kernels(has_reference=False) != "cuda":
             return built(self.graph, arrays)
-        with side_by_side(), nullcontext() if self._how is None else in_force(self._how):
+        with side_by_side(), in_force(self._how):
             return built(self.graph, arrays)
 
 
@@ -61,7 +60,7 @@ class ByAddress:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._made: tuple[Addresses, Callable[..., list[mx.array]]] | None = None
+        self._made: tuple[Addresses, _Steps] | None = None
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Return the graph's outputs, lazily.

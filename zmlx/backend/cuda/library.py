@@ -52,13 +52,8 @@ def begin() -> None:
 
     The process does not end before that thread has.
     """
-
-    def built() -> None:
-        with suppress(Exception):  # whoever needs the library is told
-            load()
-
     if mx.cuda.is_available():
-        threading.Thread(target=built, name="zmlx-library").start()
+        threading.Thread(target=wait, name="zmlx-library").start()
 
 
 def is_being_built() -> bool:
